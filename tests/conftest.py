@@ -1,0 +1,46 @@
+"""Eight fake CPU devices and strict numerics, set before JAX starts its backend."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "uld_jax_xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODELS = Path(os.environ.get("ULD_JAX_CACHE", Path.home() / ".cache" / "uld_jax")) / "models"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data and reference values that lies beside a developer's checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent")
+    return SHARED
+
+
+def _real_model(name):
+    path = MODELS / name
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: run launch/fetch_models.sh")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf():
+    return _real_model("gemma-3-270m-q4_k_m.gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm_gguf():
+    return _real_model("SmolLM2-135M-Instruct.Q4_1.gguf")

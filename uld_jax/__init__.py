@@ -1,0 +1,3 @@
+"""Distil any teacher language model into any student, whatever their tokenizers, in JAX."""
+
+__version__ = "0.1.0"
