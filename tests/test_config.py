@@ -1,0 +1,399 @@
+import dataclasses
+import json
+
+import pytest
+
+from uld_jax.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+    apply_overrides,
+    differences,
+    from_dict,
+    load,
+    resolve,
+    to_dict,
+    validate,
+)
+from uld_jax.config.schema import FIELDS, GROUPS
+from uld_jax.errors import UserError
+
+SOUND = RunConfig(student=ModelConfig(source="student"), teacher=TeacherConfig(source="teacher"))
+
+
+def test_paper_settings_are_the_defaults_and_not_those_of_optax():
+    loss, optimizer = LossConfig(), OptimizerConfig()
+    assert (loss.uld_weight, loss.ce_weight) == (1.5, 1.0)
+    assert (loss.student_temperature, loss.teacher_temperature) == (1.0, 1.0)
+    assert (loss.skip_student_eos, loss.skip_teacher_eos) == (True, False)
+    assert (optimizer.pct_start, optimizer.div_factor, optimizer.final_div_factor) == (0.1, 2, 5)
+    assert (optimizer.schedule, optimizer.weight_decay) == ("one_cycle", 0.1)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_field_is_documented(name):
+    described = GROUPS[name].__doc__ + ModelConfig.__doc__
+    for field in dataclasses.fields(GROUPS[name]):
+        assert f"\n        {field.name}: " in described
+
+
+def test_defaults_lack_only_the_two_models():
+    assert [error.split(":")[0] for error in validate(RunConfig())] == [
+        "student.source",
+        "teacher.source",
+    ]
+    assert validate(SOUND, device_count=8) == []
+
+
+def test_config_is_frozen_and_resolve_returns_it():
+    assert resolve(SOUND, device_count=8) == SOUND
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SOUND.data = DataConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SOUND.data.batch_size = 1
+
+
+def test_a_group_of_the_wrong_class_is_refused():
+    with pytest.raises(UserError, match=r"RunConfig.teacher: expected TeacherConfig, got ModelCon"):
+        RunConfig(teacher=ModelConfig())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "value"),
+    [
+        ("optimizer.learning_rate", "1e-4", 1e-4),
+        ("optimizer.div_factor", "3", 3.0),
+        ("optimizer.div_factor", 3, 3.0),
+        ("data.batch_size", "16", 16),
+        ("data.batch_size", 16, 16),
+        ("mesh.data", "-1", -1),
+        ("data.source", "16", "16"),
+        ("data.eval_source", "", ""),
+        ("loss.skip_teacher_eos", "true", True),
+        ("loss.skip_student_eos", "False", False),
+        ("teacher.append_eos", True, True),
+        ("teacher.source", "a/b.gguf", "a/b.gguf"),
+    ],
+)
+def test_override_is_read_as_the_type_of_its_field(path, given, value):
+    config, errors = apply_overrides(RunConfig(), {path: given})
+    group, name = path.split(".")
+    found = getattr(getattr(config, group), name)
+    assert errors == []
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "error"),
+    [
+        ("data.sorce", "x", "unknown config field 'data.sorce': did you mean 'data.source'?"),
+        (
+            "learning_rate",
+            "1",
+            "unknown config field 'learning_rate': did you mean 'optimizer.learning_rate'?",
+        ),
+        (
+            "zzz",
+            "1",
+            "unknown config field 'zzz': the groups are student, teacher, data, loss, optimizer, "
+            "train, mesh, eval",
+        ),
+        (
+            "mesh",
+            "8",
+            "config group 'mesh' has no value of its own: set one of its fields "
+            "(data, fsdp, tensor)",
+        ),
+        ("data.batch_size", "many", "data.batch_size: expected int, got 'many'"),
+        ("data.batch_size", "3.0", "data.batch_size: expected int, got '3.0'"),
+        ("data.batch_size", 3.0, "data.batch_size: expected int, got 3.0"),
+        ("data.batch_size", True, "data.batch_size: expected int, got True"),
+        ("data.source", 3, "data.source: expected str, got 3"),
+        ("optimizer.eps", "tiny", "optimizer.eps: expected float, got 'tiny'"),
+        ("optimizer.eps", None, "optimizer.eps: expected float, got None"),
+        ("teacher.append_eos", "1", "teacher.append_eos: expected bool, got '1'"),
+        ("teacher.append_eos", 1, "teacher.append_eos: expected bool, got 1"),
+    ],
+)
+def test_bad_override_is_one_line_and_changes_nothing(path, given, error):
+    assert apply_overrides(SOUND, {path: given}) == (SOUND, [error])
+
+
+def test_good_overrides_are_set_beside_bad_ones():
+    config, errors = apply_overrides(SOUND, {"data.sed": "1", "data.seed": "7", "mesh.fsdp": "x"})
+    assert config.data.seed == 7
+    assert len(errors) == 2
+    assert SOUND.data.seed == 0
+
+
+# One unsound value for every rule that a field has on its own.
+UNSOUND = {
+    "student.source": "",
+    "student.dtype": "float16",
+    "student.param_dtype": "float64",
+    "student.remat": "all",
+    "student.shots": -1,
+    "student.chat": "yes",
+    "student.max_length": 0,
+    "teacher.source": "",
+    "teacher.dtype": "float16",
+    "teacher.param_dtype": "float64",
+    "teacher.remat": "all",
+    "teacher.shots": -1,
+    "teacher.chat": "yes",
+    "teacher.max_length": 0,
+    "teacher.mode": "offline",
+    "teacher.max_new_tokens": 0,
+    "teacher.batch_size": 0,
+    "data.source": "",
+    "data.train_examples": -1,
+    "data.eval_examples": -1,
+    "data.answers": "golden",
+    "data.batch_size": 0,
+    "data.buckets": 0,
+    "data.seed": -1,
+    "loss.uld_weight": -0.1,
+    "loss.ce_weight": float("inf"),
+    "loss.student_temperature": 0.0,
+    "loss.teacher_temperature": float("nan"),
+    "loss.convention": "mean",
+    "loss.method": "level_set",
+    "loss.chunk_size": 0,
+    "optimizer.learning_rate": 0.0,
+    "optimizer.schedule": "linear",
+    "optimizer.pct_start": 1.0,
+    "optimizer.div_factor": 0.5,
+    "optimizer.final_div_factor": 0.5,
+    "optimizer.weight_decay": -1.0,
+    "optimizer.b1": 1.0,
+    "optimizer.b2": -0.1,
+    "optimizer.eps": 0.0,
+    "optimizer.clip_norm": -1.0,
+    "train.epochs": 0,
+    "train.max_steps": -1,
+    "train.accumulation": 0,
+    "train.checkpoint_every": 0,
+    "train.keep_checkpoints": 0,
+    "train.log_every": 0,
+    "train.max_nonfinite_steps": 0,
+    "train.seed": -1,
+    "mesh.data": 0,
+    "mesh.fsdp": -2,
+    "mesh.tensor": 0,
+    "eval.batch_size": 0,
+    "eval.max_new_tokens": 0,
+    "eval.samples": -1,
+}
+
+
+def test_every_rule_has_an_unsound_value_here():
+    assert UNSOUND.keys() == {path for path, field in FIELDS.items() if field.metadata}
+
+
+@pytest.mark.parametrize("path", UNSOUND)
+def test_unsound_value_is_one_error_with_expectation_actual_and_fix(path):
+    config, errors = apply_overrides(SOUND, {path: UNSOUND[path]})
+    assert errors == []
+    (error,) = validate(config, device_count=8)
+    assert error.startswith(f"{path}: expected {FIELDS[path].metadata['expected']}, ")
+    assert f"got {UNSOUND[path]!r}; set --config.{path}=" in error
+    assert "\n" not in error
+
+
+def test_choices_and_default_are_named():
+    (error,) = validate(apply_overrides(SOUND, {"loss.convention": "mean"})[0])
+    assert error == (
+        "loss.convention: expected one of token_mean, official, got 'mean'; "
+        "set --config.loss.convention=token_mean (the default)"
+    )
+
+
+def test_wrong_type_from_a_config_file_is_reported_and_not_compared():
+    train = TrainConfig(epochs="3", accumulation=None)  # pyright: ignore[reportArgumentType]
+    assert validate(dataclasses.replace(SOUND, train=train), device_count=8) == [
+        "train.epochs: expected int, got '3'",
+        "train.accumulation: expected int, got None",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "error"),
+    [
+        ({"loss.uld_weight": 0, "loss.ce_weight": 0}, 8, "loss: expected uld_weight or ce_weight"),
+        (
+            {"teacher.max_length": 32},
+            8,
+            "teacher.max_new_tokens: expected less than teacher.max_length = 32, which holds "
+            "prompt and answer, got 32; set --config.teacher.max_length higher",
+        ),
+        ({"student.max_length": 20}, 8, "eval.max_new_tokens: expected less than student.max_len"),
+        (
+            {"mesh.fsdp": -1},
+            8,
+            "mesh: expected at most one axis of -1, got data -1 x fsdp -1 x tensor 1; set",
+        ),
+        (
+            {"mesh.data": 2, "mesh.fsdp": 2},
+            8,
+            "mesh: expected axes that multiply to the 8 devices, got data 2 x fsdp 2 x tensor 1 "
+            "= 4; set one axis to -1",
+        ),
+        (
+            {"mesh.tensor": 3},
+            8,
+            "mesh: expected axes whose product divides the 8 devices, got data -1 x fsdp 1 x "
+            "tensor 3, a product of 3; change",
+        ),
+        ({"mesh.tensor": 16}, 8, "mesh: expected axes whose product divides the 8 devices"),
+        (
+            {"train.accumulation": 3, "mesh.data": 2, "mesh.fsdp": -1, "data.batch_size": 8},
+            8,
+            "data.batch_size: expected a multiple of 24 (train.accumulation 3 x mesh.data 2 x "
+            "mesh.fsdp 4), got 8; set --config.data.batch_size=24",
+        ),
+        (
+            {"train.accumulation": 3},
+            None,
+            "data.batch_size: expected a multiple of 3 (train.accumulation 3 x mesh.data 1 x "
+            "mesh.fsdp 1), got 8; set --config.data.batch_size=9",
+        ),
+    ],
+)
+def test_contradiction_is_one_error(overrides, devices, error):
+    config, override_errors = apply_overrides(SOUND, overrides)
+    assert override_errors == []
+    (found,) = validate(config, device_count=devices)
+    assert found.startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices"),
+    [
+        ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 8),
+        ({"mesh.data": 1, "mesh.tensor": -1, "data.batch_size": 3}, 8),
+        ({"mesh.data": 2, "mesh.fsdp": 2}, None),
+        ({"train.accumulation": 2, "data.batch_size": 16}, 8),
+    ],
+)
+def test_sound_mesh_and_batch(overrides, devices):
+    assert validate(apply_overrides(SOUND, overrides)[0], device_count=devices) == []
+
+
+def test_resolve_reports_everything_at_once():
+    config, errors = apply_overrides(RunConfig(), {"data.sorce": "x", "train.epochs": "0"})
+    with pytest.raises(UserError) as caught:
+        resolve(config, device_count=3, errors=errors)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "5 errors in the config:"
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "unknown config field 'data.sorce'",
+        "student.source",
+        "teacher.source",
+        "train.epochs",
+        "data.batch_size",
+    ]
+
+
+def test_json_round_trip():
+    config, _ = apply_overrides(SOUND, {"optimizer.learning_rate": "3e-5", "mesh.tensor": "2"})
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_json_with_unknown_fields_and_wrong_types_names_them_all():
+    values = to_dict(SOUND) | {"mesh": 8, "losses": {}, "colour": {"hue": 1}}
+    values["data"] |= {"batchsize": 8, "seed": "0"}
+    with pytest.raises(UserError) as caught:
+        from_dict(values)
+    assert str(caught.value).splitlines() == [
+        "5 errors in the config:",
+        "  data.seed: expected int, got '0'",
+        "  unknown config field 'data.batchsize': did you mean 'data.batch_size'?",
+        "  config group 'mesh' has no value of its own: set one of its fields (data, fsdp, tensor)",
+        "  unknown config field 'losses': did you mean 'loss'?",
+        "  unknown config field 'colour': the groups are student, teacher, data, loss, optimizer, "
+        "train, mesh, eval",
+    ]
+
+
+def test_differences_name_field_and_both_values():
+    given, _ = apply_overrides(SOUND, {"data.batch_size": 16, "student.source": "other"})
+    assert differences(SOUND, SOUND) == []
+    assert differences(SOUND, given) == [
+        "student.source: 'student' in the workdir, 'other' given",
+        "data.batch_size: 8 in the workdir, 16 given",
+    ]
+
+
+FILE = """
+from uld_jax.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
+
+STUDENT = "student"
+
+def get_config(source="builtin"):
+    return RunConfig(
+        student=ModelConfig(source=STUDENT),
+        teacher=TeacherConfig(source="teacher"),
+        data=DataConfig(source=source),
+    )
+"""
+
+
+def test_load_runs_the_file_with_its_argument_and_overrides(tmp_path):
+    path = tmp_path / "run.py"
+    path.write_text(FILE)
+    assert load(str(path)) == SOUND
+    config = load(f"{path}:squad", {"data.batch_size": "16"})
+    assert (config.data.source, config.data.batch_size) == ("squad", 16)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.py"]
+
+
+def test_load_reports_bad_overrides(tmp_path):
+    path = tmp_path / "run.py"
+    path.write_text(FILE)
+    with pytest.raises(
+        UserError, match=r"1 error in the config:\n  unknown config field 'data\.s'"
+    ):
+        load(str(path), {"data.s": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "error"),
+    [
+        ("x = 1\n", "", "expected a function get_config() that returns a RunConfig, found none"),
+        ("get_config = 1\n", "", "expected a function get_config()"),
+        ("def get_config():\n    return {}\n", "", "expected get_config() to return a RunConfig,"),
+        ("x = 1\ndef get_config(:\n", ":2", "SyntaxError: "),
+        ("x = 1\nimport no_such_module_\n", ":2", "ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return missing\n", ":2", "NameError: name 'missing' is not"),
+        ("def get_config(size):\n    return 1 / 0\n", "", "TypeError: get_config() missing 1 req"),
+        ("raise ValueError('a\\nb')\n", ":1", "ValueError: a b"),
+        (
+            "from uld_jax.config import *\nget_config = lambda: RunConfig(data=3)\n",
+            ":2",
+            "RunConfig.data: expected DataConfig, got int",
+        ),
+        (
+            "from uld_jax.config import *\nget_config = lambda: RunConfig(sed=3)\n",
+            ":2",
+            "TypeError: RunConfig.__init__() got an unexpected keyword argument 'sed'",
+        ),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path, text, where, error):
+    path = tmp_path / "run.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(str(path))
+    assert str(caught.value).startswith(f"config file '{path}{where}': {error}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_or_a_folder_is_one_line(tmp_path):
+    for path in (tmp_path / "absent.py", tmp_path):
+        with pytest.raises(UserError, match="found no file; check --config"):
+            load(str(path))

@@ -1,0 +1,39 @@
+"""One typed, frozen configuration for a run: overrides, validation, files and JSON.
+
+A config file defines `get_config()` and returns a `RunConfig`. `load` reads it, `apply_overrides`
+sets single fields from the command line, and `resolve` reports every mistake at once.
+"""
+
+from uld_jax.config.convert import apply_overrides, differences, from_dict, to_dict
+from uld_jax.config.files import load
+from uld_jax.config.schema import (
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from uld_jax.config.validation import resolve, validate
+
+__all__ = [
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "differences",
+    "from_dict",
+    "load",
+    "resolve",
+    "to_dict",
+    "validate",
+]

@@ -1,0 +1,305 @@
+"""The dataclasses of a run's configuration, each field with its default and its rule."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from uld_jax.errors import UserError
+
+
+def _field(default: Any, expected: str, check: Callable[[Any], bool]) -> Any:
+    """A dataclass field that carries the rule which `value_error` applies to its value."""
+    return dataclasses.field(default=default, metadata={"expected": expected, "check": check})
+
+
+def _choice(*options: str) -> Any:
+    """One of `options`; the first is the default."""
+    return _field(options[0], f"one of {', '.join(options)}", options.__contains__)
+
+
+def _at_least(least: int, default: float) -> Any:
+    return _field(default, f"a finite number >= {least}", lambda value: least <= value < math.inf)
+
+
+def _positive(default: float) -> Any:
+    return _field(default, "a finite number > 0", lambda value: 0 < value < math.inf)
+
+
+def _decay(default: float) -> Any:
+    return _field(default, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
+
+
+def _fraction(default: float) -> Any:
+    return _field(default, "a number > 0 and < 1", lambda value: 0 < value < 1)
+
+
+def _axis(default: int) -> Any:
+    return _field(default, "an integer >= 1, or -1", lambda value: value >= 1 or value == -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model, its precision, and how prompts are written for it.
+
+    Attributes:
+        source: Hugging Face id, directory of safetensors, or .gguf file.
+        dtype: of the computation: float32 | bfloat16.
+        param_dtype: of the stored parameters: float32 | bfloat16.
+        remat: what the backward pass computes again: none | dots (all but matrix products) | full.
+        shots: worked examples in its prompt.
+        chat: use of the tokenizer's chat template: auto (where there is one) | always | never.
+        max_length: tokens; a longer prompt + answer is dropped and counted.
+    """
+
+    source: str = _field("", "a Hugging Face id, a safetensors directory or a .gguf file", bool)
+    dtype: str = _choice("float32", "bfloat16")
+    param_dtype: str = _choice("float32", "bfloat16")
+    remat: str = _choice("none", "dots", "full")
+    shots: int = _at_least(0, 0)
+    chat: str = _choice("auto", "always", "never")
+    max_length: int = _at_least(1, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    """The teacher: a model, and how its signal and its answers are obtained.
+
+    Attributes:
+        mode: online: the teacher runs beside the student.
+        append_eos: end its answer with its end-of-sequence token.
+        max_new_tokens: tokens; the longest answer that it generates (the paper's runs: 150).
+        batch_size: prompts that it answers at a time.
+    """
+
+    mode: str = _choice("online")
+    append_eos: bool = False
+    max_new_tokens: int = _at_least(1, 32)
+    batch_size: int = _at_least(1, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained and evaluated on.
+
+    Attributes:
+        source: training data: builtin, or a data set or file that `uld_jax.data` can read.
+        eval_source: evaluation data; empty = the evaluation split of `source`.
+        data_dir: where prepared data sets lie; empty = their default folder.
+        train_examples: use the first so many; 0 = all.
+        eval_examples: use the first so many; 0 = all.
+        answers: the answers to train on: teacher (generated) | gold (the data set's).
+        batch_size: examples in one optimizer step, over all devices and micro-batches.
+        buckets: padded lengths a batch may have; each compiles its own step.
+        seed: of the shuffling.
+    """
+
+    source: str = _field("builtin", "the name of a data set or a file", bool)
+    eval_source: str = ""
+    data_dir: str = ""
+    train_examples: int = _at_least(0, 0)
+    eval_examples: int = _at_least(0, 0)
+    answers: str = _choice("teacher", "gold")
+    batch_size: int = _at_least(1, 8)
+    buckets: int = _at_least(1, 1)
+    seed: int = _at_least(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The distillation loss, total = ce_weight * CE + uld_weight * ULD.
+
+    Attributes:
+        uld_weight: the paper's lambda; 0 = text distillation alone.
+        ce_weight: of the cross-entropy.
+        student_temperature: divides the student's logits in ULD.
+        teacher_temperature: divides the teacher's logits in ULD.
+        convention: which positions and which mean: token_mean | official (the released code).
+        skip_student_eos: leave the student's last answer position out of ULD.
+        skip_teacher_eos: leave the teacher's last answer position out of ULD.
+        method: of ULD: auto (the best one on this backend) | sort (exact).
+        chunk_size: answer positions whose logits exist at a time.
+    """
+
+    uld_weight: float = _at_least(0, 1.5)
+    ce_weight: float = _at_least(0, 1.0)
+    student_temperature: float = _positive(1.0)
+    teacher_temperature: float = _positive(1.0)
+    convention: str = _choice("token_mean", "official")
+    skip_student_eos: bool = True
+    skip_teacher_eos: bool = False
+    method: str = _choice("auto", "sort")
+    chunk_size: int = _at_least(1, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    pct_start, div_factor, final_div_factor and weight_decay are the paper's, which are neither
+    optax's nor PyTorch's defaults. The paper's learning rate is 1e-6 or 2e-6; 1e-4 suits small
+    students. The one-cycle schedule starts at learning_rate / div_factor and ends at
+    learning_rate / (div_factor * final_div_factor).
+
+    Attributes:
+        learning_rate: the highest that the schedule reaches.
+        schedule: one_cycle | constant | cosine.
+        pct_start: fraction of the steps in which a one-cycle rate rises.
+        div_factor: of the one-cycle schedule, see above.
+        final_div_factor: of the one-cycle schedule, see above.
+        weight_decay: decoupled from the gradient, times the learning rate.
+        b1: decay of the first moment, per step.
+        b2: decay of the second moment, per step.
+        eps: added to the root of the second moment.
+        clip_norm: largest global gradient norm; 0 = no clipping.
+    """
+
+    learning_rate: float = _positive(1e-4)
+    schedule: str = _choice("one_cycle", "constant", "cosine")
+    pct_start: float = _fraction(0.1)
+    div_factor: float = _at_least(1, 2.0)
+    final_div_factor: float = _at_least(1, 5.0)
+    weight_decay: float = _at_least(0, 0.1)
+    b1: float = _decay(0.9)
+    b2: float = _decay(0.999)
+    eps: float = _positive(1e-8)
+    clip_norm: float = _at_least(0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The length of the run, and what it leaves behind.
+
+    Attributes:
+        epochs: passes over the training data.
+        max_steps: optimizer steps after which to stop; 0 = all epochs.
+        accumulation: micro-batches that one optimizer step adds up.
+        checkpoint_every: optimizer steps between two checkpoints.
+        keep_checkpoints: the newest so many are kept.
+        log_every: optimizer steps between two lines of metrics.
+        max_nonfinite_steps: skipped steps in a row, their loss or gradient not finite, that end it.
+        seed: of everything random but the data.
+    """
+
+    epochs: int = _at_least(1, 1)
+    max_steps: int = _at_least(0, 0)
+    accumulation: int = _at_least(1, 1)
+    checkpoint_every: int = _at_least(1, 50)
+    keep_checkpoints: int = _at_least(1, 2)
+    log_every: int = _at_least(1, 1)
+    max_nonfinite_steps: int = _at_least(1, 5)
+    seed: int = _at_least(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one axis may be -1, which takes those that remain.
+
+    Attributes:
+        data: replicas, each with its part of the batch.
+        fsdp: shards of parameters and optimizer state, each with its part of the batch.
+        tensor: shards of every matrix product.
+    """
+
+    data: int = _axis(-1)
+    fsdp: int = _axis(1)
+    tensor: int = _axis(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How the student is evaluated.
+
+    Attributes:
+        batch_size: prompts answered at a time.
+        max_new_tokens: tokens; the longest answer.
+        samples: answers shown beside their references.
+    """
+
+    batch_size: int = _at_least(1, 16)
+    max_new_tokens: int = _at_least(1, 24)
+    samples: int = _at_least(0, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run needs; each attribute is described in its own class.
+
+    Example:
+        >>> RunConfig(student=ModelConfig(source="gpt2")).loss.uld_weight
+        1.5
+    """
+
+    student: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for name, group in GROUPS.items():
+            if type(getattr(self, name)) is not group:
+                found = type(getattr(self, name)).__name__
+                raise UserError(
+                    f"RunConfig.{name}: expected {group.__name__}, got {found}; "
+                    f"write {name}={group.__name__}(...)"
+                )
+
+
+GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(RunConfig)}
+FIELDS: dict[str, dataclasses.Field[Any]] = {
+    f"{name}.{field.name}": field
+    for name, group in GROUPS.items()
+    for field in dataclasses.fields(group)
+}
+
+
+def type_error(path: str, value: Any) -> str | None:
+    """Check a value against the type of its field, as JSON has it: an int may stand for a float.
+
+    Args:
+        path: a key of `FIELDS`.
+        value: what was given for it.
+
+    Returns:
+        One line that says what was expected and found, or None.
+
+    Example:
+        >>> type_error("data.batch_size", "many")
+        "data.batch_size: expected int, got 'many'"
+    """
+    kind: Any = FIELDS[path].type
+    allowed = (int, float) if kind is float else (kind,)
+    if type(value) in allowed:
+        return None
+    return f"{path}: expected {kind.__name__}, got {value!r}"
+
+
+def value_error(path: str, value: Any) -> str | None:
+    """Check a value against the type of its field and the rule that stands beside its default.
+
+    Args:
+        path: a key of `FIELDS`.
+        value: what was given for it.
+
+    Returns:
+        One line that says what was expected and found and how to mend it, or None.
+
+    Example:
+        >>> value_error("mesh.fsdp", 0)
+        'mesh.fsdp: expected an integer >= 1, or -1, got 0; set --config.mesh.fsdp=1 (the default)'
+    """
+    field = FIELDS[path]
+    if error := type_error(path, value):
+        return error
+    if "check" not in field.metadata or field.metadata["check"](value):
+        return None
+    mend = (
+        f"--config.{path}={field.default} (the default)"
+        if field.default != ""
+        else f"--config.{path}=..."
+    )
+    return f"{path}: expected {field.metadata['expected']}, got {value!r}; set {mend}"

@@ -1,0 +1,120 @@
+"""Every mistake in a configuration, found before anything is loaded."""
+
+import math
+from collections.abc import Sequence
+
+from uld_jax.config.convert import flatten, raise_all
+from uld_jax.config.schema import MeshConfig, RunConfig, value_error
+
+
+def validate(config: RunConfig, *, device_count: int | None = None) -> list[str]:
+    """Find every mistake: wrong types, values out of range, fields that contradict each other.
+
+    Args:
+        config: any config.
+        device_count: devices that the mesh must cover; None = unknown, and not checked.
+
+    Returns:
+        One line each: what, expected, actual, how to mend it. Empty = the config is sound.
+
+    Example:
+        >>> validate(RunConfig())[0]
+        "student.source: expected a Hugging Face id, a safetensors directory or a .gguf file, \
+got ''; set --config.student.source=..."
+    """
+    values = flatten(config)
+    wrong = {path: error for path, value in values.items() if (error := value_error(path, value))}
+
+    def sound(*prefixes: str) -> bool:
+        return not any(path.startswith(prefixes) for path in wrong)
+
+    errors = list(wrong.values())
+    if sound("loss.") and config.loss.uld_weight == config.loss.ce_weight == 0:
+        errors.append(
+            "loss: expected uld_weight or ce_weight > 0, got 0 for both; "
+            "set --config.loss.uld_weight=1.5"
+        )
+    errors += [
+        _no_room(answer, length, values[answer], values[length])
+        for answer, length in (
+            ("teacher.max_new_tokens", "teacher.max_length"),
+            ("eval.max_new_tokens", "student.max_length"),
+        )
+        if sound(answer, length) and values[answer] >= values[length]
+    ]
+    if sound("mesh."):
+        mesh_errors = _mesh_errors(config.mesh, device_count)
+        errors += mesh_errors
+        if not mesh_errors and sound("data.batch_size", "train.accumulation"):
+            errors += _batch_errors(config, device_count)
+    return errors
+
+
+def resolve(
+    config: RunConfig, *, device_count: int | None = None, errors: Sequence[str] = ()
+) -> RunConfig:
+    """Return a config that is known to be sound, or report all that is wrong with it.
+
+    Args:
+        config: any config; frozen as it is, it needs no copy.
+        device_count: devices that the mesh must cover; None = unknown, and not checked.
+        errors: lines that `apply_overrides` returned, to report with the rest.
+
+    Returns:
+        The same config.
+
+    Raises:
+        UserError: a line with the number of errors, then one line each.
+
+    Example:
+        >>> from uld_jax.config import ModelConfig, TeacherConfig
+        >>> config = RunConfig(student=ModelConfig("gpt2"), teacher=TeacherConfig("gpt2-large"))
+        >>> resolve(config, device_count=8) is config
+        True
+    """
+    raise_all([*errors, *validate(config, device_count=device_count)])
+    return config
+
+
+def _no_room(answer: str, length: str, new_tokens: int, max_length: int) -> str:
+    return (
+        f"{answer}: expected less than {length} = {max_length}, which holds prompt and answer, "
+        f"got {new_tokens}; set --config.{length} higher or --config.{answer} lower"
+    )
+
+
+def _mesh_errors(mesh: MeshConfig, device_count: int | None) -> list[str]:
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    shape = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+    if sizes.count(-1) > 1:
+        return [f"mesh: expected at most one axis of -1, got {shape}; set the others to 1 or more"]
+    if device_count is None:
+        return []
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and device_count % known:
+        return [
+            f"mesh: expected axes whose product divides the {device_count} devices, "
+            f"got {shape}, a product of {known}; change the axes that are not -1"
+        ]
+    if -1 not in sizes and device_count != known:
+        return [
+            f"mesh: expected axes that multiply to the {device_count} devices, "
+            f"got {shape} = {known}; set one axis to -1 to take those that remain"
+        ]
+    return []
+
+
+def _batch_errors(config: RunConfig, device_count: int | None) -> list[str]:
+    mesh, batch = config.mesh, config.data.batch_size
+    known = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size != -1)
+    # Without a device count, the axis of -1 counts as 1: a necessary condition is left.
+    remaining = 1 if device_count is None else device_count // known
+    data, fsdp = (remaining if size == -1 else size for size in (mesh.data, mesh.fsdp))
+    parts = config.train.accumulation * data * fsdp
+    if batch % parts == 0:
+        return []
+    return [
+        f"data.batch_size: expected a multiple of {parts} (train.accumulation "
+        f"{config.train.accumulation} x mesh.data {data} x mesh.fsdp {fsdp}), got {batch}; "
+        f"set --config.data.batch_size={math.ceil(batch / parts) * parts}"
+    ]
