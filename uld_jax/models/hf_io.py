@@ -1,0 +1,322 @@
+"""Models in and out of the Hugging Face format: safetensors directories, hub ids, GGUF files."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import transformers
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh
+
+from uld_jax.errors import UserError
+from uld_jax.models.config import DecoderConfig, Policy
+from uld_jax.models.decoder import Decoder
+from uld_jax.models.families import Family, Weight, by_model_type, hf_names
+from uld_jax.models.gguf import GgufSource
+from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from uld_jax.sharding import make_mesh, named_sharding
+
+FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Args:
+        model: The Flax NNX module.
+        tokenizer: Its Hugging Face tokenizer.
+        config: What it is made of.
+    """
+
+    model: Decoder
+    tokenizer: transformers.PreTrainedTokenizerBase
+    config: DecoderConfig
+
+
+class TensorSource(Protocol):
+    """Where weights come from: a config, and tensors by their Hugging Face names."""
+
+    family: Family
+    config: DecoderConfig
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        ...
+
+
+class SafetensorsSource:
+    """A directory with config.json and one or more .safetensors files.
+
+    Args:
+        directory: The directory.
+
+    Raises:
+        UserError: A file is missing or broken, or the architecture is not supported.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        config = _read_json(directory / "config.json")
+        self.family = by_model_type(str(config.get("model_type")), str(directory / "config.json"))
+        hf = transformers.AutoConfig.from_pretrained(directory).to_dict()
+        self.config = self.family.config_from_hf(hf)
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of = dict(_read_json(index)["weight_map"])
+        else:
+            names = _open(directory / "model.safetensors").keys()
+            self._file_of = dict.fromkeys(names, "model.safetensors")
+        self._files = {name: _open(directory / name) for name in set(self._file_of.values())}
+        self.shapes = {
+            name: tuple(self._files[file].get_slice(name).get_shape())
+            for name, file in self._file_of.items()
+            if not name.endswith(self.family.ignored or ("\0",))
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its stored type."""
+        return self._files[self._file_of[name]].get_tensor(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a Hugging Face model directory")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        pickled = sorted(p.name for p in path.parent.glob("*.bin"))
+        hint = f" (found {pickled}: pickle files are not read)" if pickled else ""
+        raise UserError(f"{path}: no such weights file{hint}")
+    try:
+        return safetensors.safe_open(path, framework="flax")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    mesh: Mesh | None = None,
+) -> LoadedModel:
+    """Loads a model and its tokenizer, tensor by tensor straight into the devices' shards.
+
+    Args:
+        source: A Hugging Face hub id, a directory of safetensors, or a .gguf file.
+        dtype: Type of activations and products, "float32" or "bfloat16".
+        param_dtype: Type of the parameters.
+        remat: What the backward pass recomputes: "none", "dots" or "full".
+        mesh: Where the parameters go; the first device by default.
+
+    Returns:
+        The model, its tokenizer and its config.
+
+    Raises:
+        UserError: Nothing there, an unsupported architecture, or weights that are missing,
+            unexpected or of the wrong shape (all of them in one message).
+
+    Example:
+        >>> load("nowhere/at-all.gguf")
+        Traceback (most recent call last):
+        ...
+        uld_jax.errors.UserError: nowhere/at-all.gguf: no such file; ...
+    """
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
+    tensors, tokenizer = _open_source(str(source))
+    policy = Policy(dtype=dtype, remat=remat)
+    model = _fill(tensors, policy, jnp.dtype(param_dtype), mesh, str(source))
+    return LoadedModel(model, tokenizer, tensors.config)
+
+
+def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedTokenizerBase]:
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(
+                f"{source}: no such file; launch/fetch_models.sh gets the quickstart's two models"
+            )
+        return GgufSource(path), tokenizer_from_gguf(path)
+    if not path.is_dir():
+        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+            raise UserError(f"{source}: no such directory, and not a hub id like 'owner/name'")
+        try:
+            path = Path(snapshot_download(source, allow_patterns=FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{source}: no such directory here, and the hub did not give it: {reason}"
+            ) from error
+    return SafetensorsSource(path), transformers.AutoTokenizer.from_pretrained(path)
+
+
+def check_weights(tensors: TensorSource, abstract: nnx.State, where: str) -> None:
+    """Compares a source's tensors with those the model needs.
+
+    Args:
+        tensors: The source.
+        abstract: The model's parameters, shapes only.
+        where: Named in the error.
+
+    Raises:
+        UserError: Lists every missing, unexpected and wrongly shaped tensor.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for weight, param in _parameters(tensors, abstract):
+        shape = tuple(param.shape)[1 if weight.stacked else 0 :]
+        shape = shape[::-1] if weight.transpose else shape
+        expected |= dict.fromkeys(hf_names(weight, tensors.config.layers), shape)
+    found = dict(tensors.shapes)
+    if tensors.config.tied:
+        # Some exporters write the tied head a second time.
+        found.pop("lm_head.weight", None)
+    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise UserError(
+            f"{where}: {len(problems)} problems with its weights: {'; '.join(problems)}"
+        )
+
+
+def _parameters(tensors: TensorSource, state: nnx.State) -> list[tuple[Weight, nnx.Param]]:
+    flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
+    return [(w, flat[w.path]) for w in tensors.family.weights(tensors.config)]
+
+
+def _fill(
+    tensors: TensorSource, policy: Policy, param_dtype: Any, mesh: Mesh, where: str
+) -> Decoder:
+    model = abstract_decoder(tensors.config, policy, param_dtype)
+    graph, state = nnx.split(model)
+    check_weights(tensors, state, where)
+    for weight, param in _parameters(tensors, state):
+        param.set_value(_read_sharded(tensors, weight, param, mesh))
+    return nnx.merge(graph, state)
+
+
+def abstract_decoder(config: DecoderConfig, policy: Policy, param_dtype: Any) -> Decoder:
+    """A decoder whose parameters are shapes only: for loading, planning and checkpoints.
+
+    Args:
+        config: What it is made of.
+        policy: How it computes.
+        param_dtype: Type of the parameters.
+
+    Returns:
+        The module; its parameters are jax.ShapeDtypeStruct.
+
+    Example:
+        >>> from uld_jax.testing import tiny_config
+        >>> abstract_decoder(tiny_config(), Policy(), "float32").embed.shape
+        (64, 32)
+    """
+    return nnx.eval_shape(
+        lambda: Decoder(config, policy, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+
+
+def _read_sharded(tensors: TensorSource, weight: Weight, param: nnx.Param, mesh: Mesh) -> jax.Array:
+    """Builds one parameter; each device's shard is filled layer by layer."""
+    names = list(hf_names(weight, tensors.config.layers))
+    sharding = named_sharding(mesh, param.get_metadata("axes"), param.shape, weight.path)
+
+    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor = tensors.read(name)
+        return (tensor.T if weight.transpose else tensor)[index]
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if not weight.stacked:
+            return np.asarray(one(names[0], index)).astype(param.dtype)
+        wanted = names[index[0]]
+        out = None
+        for i, name in enumerate(wanted):
+            part = one(name, index[1:])
+            if out is None:
+                out = np.empty((len(wanted), *part.shape), param.dtype)
+            out[i] = part
+        assert out is not None
+        return out
+
+    return jax.make_array_from_callback(param.shape, sharding, shard)
+
+
+def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
+    """Writes a directory that transformers opens: model.safetensors, config.json, tokenizer.
+
+    Args:
+        m: The model, its tokenizer and its config.
+        directory: Made, with its parents; it appears only when it is complete.
+
+    Raises:
+        UserError: The directory exists and is not empty.
+    """
+    target = Path(directory)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target}: exists and is not empty; choose another directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        family = by_model_type(m.config.family, "export")
+        hf_config = family.config_to_hf(m.config)
+        state = nnx.state(m.model, nnx.Param)
+        hf_config.architectures = [family.architecture]
+        hf_config.dtype = str(jax.tree.leaves(state)[0].dtype)
+        hf_config.save_pretrained(scratch)
+        m.tokenizer.save_pretrained(scratch)
+        tensors = to_hf_tensors(m.config, state)
+        safetensors.numpy.save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
+        scratch.chmod(0o755)
+        scratch.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def to_hf_tensors(config: DecoderConfig, state: nnx.State) -> dict[str, np.ndarray]:
+    """The parameters as Hugging Face tensors on the host.
+
+    Args:
+        config: The decoder.
+        state: Its parameters.
+
+    Returns:
+        Name to array.
+
+    Example:
+        >>> from uld_jax.testing import tiny_config
+        >>> state = nnx.state(Decoder(tiny_config(), rngs=nnx.Rngs(0)), nnx.Param)
+        >>> to_hf_tensors(tiny_config(), state)["model.layers.1.mlp.down_proj.weight"].shape
+        (32, 64)
+    """
+    flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
+    tensors: dict[str, np.ndarray] = {}
+    for weight in by_model_type(config.family, "export").weights(config):
+        values = np.asarray(jax.device_get(flat[weight.path][...]))
+        layers = values if weight.stacked else values[None]
+        for name, value in zip(hf_names(weight, config.layers), layers, strict=True):
+            tensors[name] = np.ascontiguousarray(value.T if weight.transpose else value)
+    return tensors
