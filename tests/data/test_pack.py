@@ -1,0 +1,148 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uld_jax.data.pack import collate
+from uld_jax.data.tokenize import Encoded, Pair
+
+ids = itertools.count()
+
+
+def encoded(prompt, answer, base):
+    tokens = np.arange(base, base + prompt + answer, dtype=np.int32)
+    return Encoded(tokens, np.arange(prompt, prompt + answer, dtype=np.int32))
+
+
+def pair(student, teacher):
+    number = next(ids)
+    return Pair(str(number), encoded(*student, base=100), encoded(*teacher, base=500))
+
+
+def pack(pairs, **changes):
+    options = {
+        "student_length": 8,
+        "teacher_length": 10,
+        "positions": 12,
+        "micro_batches": 1,
+        "groups": 1,
+        "convention": "token_mean",
+        "skip_student_eos": False,
+        "skip_teacher_eos": False,
+        "student_pad_id": 7,
+        "teacher_pad_id": 9,
+    }
+    return collate(pairs, **(options | changes))
+
+
+def test_a_batch_by_hand():
+    pairs = [pair((2, 3), (4, 2)), pair((1, 2), (3, 4))]
+    batch = pack(pairs, skip_student_eos=True, positions=6)
+    expected = {
+        "student_tokens": [[100, 101, 102, 103, 104, 7, 7, 7], [100, 101, 102, 7, 7, 7, 7, 7]],
+        "student_segment_ids": [[1] * 5 + [0] * 3, [1] * 3 + [0] * 5],
+        "teacher_tokens": [
+            [500, 501, 502, 503, 504, 505, 9, 9, 9, 9],
+            [500, 501, 502, 503, 504, 505, 506, 9, 9, 9],
+        ],
+        "teacher_segment_ids": [[1] * 6 + [0] * 4, [1] * 7 + [0] * 3],
+        "student_index": [[1, 2, 3, 8, 9, 0]],
+        "targets": [[102, 103, 104, 101, 102, 0]],
+        "ce_weight": [[1, 1, 1, 1, 1, 0]],
+        "teacher_index": [[3, 4, 0, 12, 0, 0]],
+        "uld_weight": [[1, 1, 0, 1, 0, 0]],
+    }
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(batch[name], [value], err_msg=name)
+        kind = np.float32 if name.endswith("weight") else np.int32
+        assert batch[name].dtype == kind, name
+
+
+def test_official_weights_make_the_mean_of_row_means():
+    pairs = [pair((2, 4), (2, 3)), pair((1, 2), (3, 4)), pair((2, 1), (2, 2)), None]
+    batch = pack(pairs, convention="official", skip_student_eos=True)
+    np.testing.assert_allclose(batch["uld_weight"][0, 0], [1 / 3] * 3 + [0, 1] + [0] * 7, rtol=1e-6)
+    distance = np.random.default_rng(0).random(12)
+    mean = (batch["uld_weight"] * distance).sum() / batch["uld_weight"].sum()
+    assert mean == pytest.approx((distance[:3].mean() + distance[4]) / 2)
+
+
+PAIRS = st.lists(
+    st.one_of(
+        st.none(),
+        st.builds(
+            pair,
+            st.tuples(st.integers(1, 4), st.integers(1, 4)),
+            st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        ),
+    ),
+    min_size=12,
+    max_size=12,
+)
+
+
+@given(
+    PAIRS, st.sampled_from([(1, 1), (2, 3), (3, 2), (1, 4), (6, 2)]), st.booleans(), st.booleans()
+)
+def test_indices_point_at_the_predicting_state_of_their_own_group(pairs, cut, skip_s, skip_t):
+    micro_batches, groups = cut
+    batch = pack(
+        pairs,
+        micro_batches=micro_batches,
+        groups=groups,
+        positions=48,
+        skip_student_eos=skip_s,
+        skip_teacher_eos=skip_t,
+    )
+    rows = len(pairs) // (micro_batches * groups)
+    blocks = {
+        name: batch[f"{name}_tokens"].reshape(micro_batches, groups, -1)
+        for name in ("student", "teacher")
+    }
+    for m, g in itertools.product(range(micro_batches), range(groups)):
+        start = (m * groups + g) * rows
+        mine = [p for p in pairs[start : start + rows] if p is not None]
+        real = batch["ce_weight"][m, g] == 1
+        assert real.sum() == sum(len(p.student.answer) for p in mine)
+        student = blocks["student"][m, g]
+        np.testing.assert_array_equal(
+            student[batch["student_index"][m, g][real] + 1], batch["targets"][m, g][real]
+        )
+        aligned = batch["uld_weight"][m, g] > 0
+        lengths = [
+            max(0, min(len(p.student.answer) - skip_s, len(p.teacher.answer) - skip_t))
+            for p in mine
+        ]
+        expected = [
+            p.teacher.tokens[p.teacher.answer[:n]] for p, n in zip(mine, lengths, strict=True)
+        ]
+        found = blocks["teacher"][m, g][batch["teacher_index"][m, g][aligned] + 1]
+        np.testing.assert_array_equal(found, np.concatenate([*expected, np.empty(0)]))
+        assert not real[real.sum() :].any()
+
+
+def test_padding_rows_weigh_nothing():
+    batch = pack([None, None], micro_batches=2)
+    assert batch["student_tokens"].shape == (2, 1, 8)
+    assert batch["uld_weight"].shape == (2, 1, 12)
+    assert (batch["student_tokens"] == 7).all()
+    assert (batch["teacher_tokens"] == 9).all()
+    for name in ("ce_weight", "uld_weight", "student_segment_ids", "teacher_segment_ids"):
+        assert not batch[name].any(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": 2}, "a group has 3 answer positions, expected <= 2"),
+        ({"student_length": 4}, "row 0 has 5 tokens, expected <= 4"),
+        ({"teacher_length": 5}, "row 0 has 6 tokens, expected <= 5"),
+        ({"groups": 2}, "1 rows do not divide into 1 x 2 groups"),
+    ],
+)
+def test_too_small(changes, message):
+    with pytest.raises(ValueError, match=message):
+        pack([pair((2, 3), (4, 2))], **changes)

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from uld_jax.data import tokenize
+from uld_jax.data.prompts import Prompt, chat_template, render
+from uld_jax.data.records import Example
+from uld_jax.data.tokenize import Dropped, Side, encode, encode_pairs, encode_prompt
+from uld_jax.errors import UserError
+
+PROMPT = Prompt("Question: Where does the ferry sail from?\nAnswer:", " ")
+ANSWERS = st.text("Oslob 27,é漢字😀?\n", min_size=1).filter(lambda text: text.strip())
+
+
+def example(number, **more):
+    fields = {
+        "id": str(number),
+        "kind": "qa",
+        "context": f"The ferry carries {number} people.",
+        "question": "How many people does it carry?",
+        "answers": (f"{number} people",),
+        "title": "",
+    }
+    return Example(**(fields | more))
+
+
+def decoded_answer(tokenizer, encoded):
+    return tokenizer.decode(encoded.tokens[encoded.answer], clean_up_tokenization_spaces=False)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(answer=ANSWERS)
+def test_answer_tokens_decode_to_the_answer(tokenizer, answer):
+    encoded = encode(tokenizer, PROMPT, answer, append_eos=False, chat=False)
+    assert decoded_answer(tokenizer, encoded).strip() == answer.strip()
+    assert encoded.answer.dtype == encoded.tokens.dtype == np.int32
+    np.testing.assert_array_equal(encoded.answer, range(encoded.answer[0], len(encoded.tokens)))
+
+
+@pytest.mark.parametrize("answer", ["Oslo", "2,700", "7", "漢字", "😀 é", "é", "Zoë\nAnswer:"])
+def test_the_text_is_tokenised_once(byte_tokenizer, piece_tokenizer, answer):
+    for tokenizer in (byte_tokenizer, piece_tokenizer):
+        encoded = encode(tokenizer, PROMPT, answer, append_eos=False, chat=False)
+        whole = tokenizer(f"{PROMPT.text} {answer}")["input_ids"]
+        np.testing.assert_array_equal(encoded.tokens, whole)
+        prompt = encode_prompt(tokenizer, PROMPT, chat=False)
+        np.testing.assert_array_equal(encoded.tokens[: encoded.answer[0]], prompt)
+
+
+def test_a_token_of_the_separator_alone_is_answer(byte_tokenizer, piece_tokenizer):
+    for tokenizer, mark in ((byte_tokenizer, "Ġ"), (piece_tokenizer, "▁")):
+        encoded = encode(tokenizer, PROMPT, "漢", append_eos=False, chat=False)
+        tokens = tokenizer.convert_ids_to_tokens(encoded.tokens[encoded.answer].tolist())
+        assert tokens[0] == mark
+        assert len(tokens) == 4  # and the three bytes of the character
+
+
+def test_a_token_over_the_border_is_answer(byte_tokenizer):
+    whole = encode(byte_tokenizer, Prompt("the fer", ""), "ry", append_eos=False, chat=False)
+    assert "ferry" in decoded_answer(byte_tokenizer, whole)
+
+
+def test_eos_is_one_answer_token_more(tokenizer):
+    without = encode(tokenizer, PROMPT, "Oslo", append_eos=False, chat=False)
+    with_eos = encode(tokenizer, PROMPT, "Oslo", append_eos=True, chat=False)
+    np.testing.assert_array_equal(with_eos.tokens[:-1], without.tokens)
+    assert with_eos.tokens[-1] == tokenizer.eos_token_id
+    np.testing.assert_array_equal(with_eos.answer[:-1], without.answer)
+    assert with_eos.answer[-1] == len(without.tokens)
+
+
+def test_an_eos_of_the_tokenizer_is_left_out(eos_tokenizer):
+    assert eos_tokenizer("Oslo")["input_ids"][-1] == eos_tokenizer.eos_token_id
+    prompt = encode_prompt(eos_tokenizer, PROMPT, chat=False)
+    assert eos_tokenizer.eos_token_id not in prompt
+
+
+def test_an_end_token_of_the_text_is_kept(byte_tokenizer):
+    prompt = encode_prompt(byte_tokenizer, Prompt("Oslo<|end|>", ""), chat=True)
+    assert prompt[-1] == byte_tokenizer.eos_token_id
+
+
+def test_bos_is_kept_and_no_answer(piece_tokenizer):
+    encoded = encode(piece_tokenizer, Prompt("", ""), "Oslo", append_eos=False, chat=False)
+    assert encoded.tokens[0] == piece_tokenizer.bos_token_id
+    assert encoded.answer[0] == 1
+
+
+def test_a_first_token_is_never_answer(byte_tokenizer):
+    encoded = encode(byte_tokenizer, Prompt("", ""), "Oslo sails", append_eos=False, chat=False)
+    assert encoded.answer[0] == 1
+    assert len(encoded.answer) == len(encoded.tokens) - 1
+
+
+def test_empty_answer(tokenizer):
+    prompt = Prompt("Answer:", "")
+    assert len(encode(tokenizer, prompt, "", append_eos=False, chat=False).answer) == 0
+    with_eos = encode(tokenizer, prompt, "", append_eos=True, chat=False)
+    np.testing.assert_array_equal(with_eos.answer, [len(with_eos.tokens) - 1])
+
+
+def test_chat_writes_its_own_special_tokens(byte_tokenizer, piece_tokenizer):
+    piece = piece_tokenizer
+    prompt = Prompt("<s>Where from?</s>", "")
+    encoded = encode(piece, prompt, "Oslo", append_eos=True, chat=True)
+    assert encoded.tokens.tolist().count(piece.bos_token_id) == 1
+    chat_prompt = render(example(3), chat=chat_template(byte_tokenizer))
+    encoded = encode(byte_tokenizer, chat_prompt, "3 people", append_eos=True, chat=True)
+    assert decoded_answer(byte_tokenizer, encoded) == "3 people<|end|>"
+
+
+def test_tokenizer_without_eos(byte_tokenizer):
+    bare = type(byte_tokenizer)(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="no end-of-text token"):
+        encode(bare, PROMPT, "Oslo", append_eos=True, chat=False)
+
+
+def sides(student_tokenizer, teacher_tokenizer, **teacher):
+    student = Side(student_tokenizer, max_length=200, append_eos=True)
+    options = {"max_length": 400, "append_eos": False, "shots": 2} | teacher
+    return {"student": student, "teacher": Side(teacher_tokenizer, **options)}
+
+
+def test_pairs(byte_tokenizer, piece_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH", 4)
+    examples = [example(n) for n in range(10)]
+    answers = {x.id: f"about {x.id}" for x in examples} | {"4": " \n"}
+    steps = []
+    pairs, dropped = encode_pairs(
+        examples,
+        answers,
+        **sides(byte_tokenizer, piece_tokenizer),
+        pool=[example(n) for n in range(20, 30)],
+        seed=3,
+        progress=steps.append,
+    )
+    assert [pair.id for pair in pairs] == [x.id for x in examples if x.id != "4"]
+    assert dropped == Dropped(empty_answer=1)
+    assert steps == [4, 4, 2]
+    for pair in pairs:
+        assert decoded_answer(byte_tokenizer, pair.student) == f" about {pair.id}<|end|>"
+        assert decoded_answer(piece_tokenizer, pair.teacher) == f"about {pair.id}"
+        text = piece_tokenizer.decode(pair.teacher.tokens)
+        assert text.count("Question:") == 3
+        assert byte_tokenizer.decode(pair.student.tokens).count("Question:") == 1
+
+
+def test_too_long_is_dropped_and_never_cut(byte_tokenizer, piece_tokenizer):
+    examples = [example(0), example(1, context="Oslo " * 300), example(2)]
+    answers = {"0": "Oslo", "1": "Oslo", "2": "Oslo " * 60}
+    both = sides(byte_tokenizer, piece_tokenizer, shots=0, max_length=60)
+    pairs, dropped = encode_pairs(examples, answers, **both)
+    assert [pair.id for pair in pairs] == ["0"]
+    assert dropped == Dropped(too_long_student=1, too_long_teacher=1)
+
+
+def test_an_answer_that_nothing_predicts_is_empty(byte_tokenizer, piece_tokenizer):
+    bare = {"kind": "completion", "context": "", "question": ""}
+    examples = [example(0, **bare), example(1, **bare)]
+    both = sides(byte_tokenizer, piece_tokenizer, shots=0)
+    pairs, dropped = encode_pairs(examples, {"0": "O", "1": "O,"}, **both)
+    assert [pair.id for pair in pairs] == ["1"]
+    assert dropped == Dropped(empty_answer=1)
+
+
+def test_nothing_left(byte_tokenizer, piece_tokenizer):
+    examples = [example(n) for n in range(3)]
+    answers = {"0": "", "1": "Oslo", "2": "Oslo"}
+    both = sides(byte_tokenizer, piece_tokenizer, shots=0, max_length=5)
+    message = (
+        "none of 3 examples is left: 1 with an empty answer, 0 over the student's max_length 200, "
+        "2 over the teacher's max_length 5: raise max_length"
+    )
+    with pytest.raises(UserError, match=message):
+        encode_pairs(examples, answers, **both)
+
+
+def test_an_answer_is_missing(byte_tokenizer, piece_tokenizer):
+    both = sides(byte_tokenizer, piece_tokenizer, shots=0)
+    with pytest.raises(UserError, match="example '1' has no answer among the 1 given"):
+        encode_pairs([example(0), example(1)], {"0": "Oslo"}, **both)
+
+
+def test_chat_without_a_template(byte_tokenizer, piece_tokenizer):
+    both = sides(byte_tokenizer, piece_tokenizer, shots=0, chat=True)
+    with pytest.raises(UserError, match="has no chat template"):
+        encode_pairs([example(0)], {"0": "Oslo"}, **both)

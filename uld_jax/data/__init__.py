@@ -1,0 +1,29 @@
+"""From question-answer files to training batches; numpy only, no accelerator is started."""
+
+from uld_jax.data.align import align_spans, positional_pairs
+from uld_jax.data.loader import Loader, make_loader
+from uld_jax.data.pack import collate
+from uld_jax.data.prompts import Prompt, chat_template, draw_shots, first_line, render
+from uld_jax.data.tasks import Example, load_examples
+from uld_jax.data.tokenize import Encoded, Pair, Side, encode, encode_pairs, encode_prompts
+
+__all__ = [
+    "Encoded",
+    "Example",
+    "Loader",
+    "Pair",
+    "Prompt",
+    "Side",
+    "align_spans",
+    "chat_template",
+    "collate",
+    "draw_shots",
+    "encode",
+    "encode_pairs",
+    "encode_prompts",
+    "first_line",
+    "load_examples",
+    "make_loader",
+    "positional_pairs",
+    "render",
+]

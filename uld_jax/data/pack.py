@@ -1,0 +1,149 @@
+"""Pairs as the arrays of one training batch."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from uld_jax.data.align import positional_pairs
+from uld_jax.data.tokenize import Encoded, Pair
+
+Convention = Literal["token_mean", "official"]
+
+
+def collate(
+    pairs: Sequence[Pair | None],
+    *,
+    student_length: int,
+    teacher_length: int,
+    positions: int,
+    micro_batches: int,
+    groups: int,
+    convention: Convention,
+    skip_student_eos: bool,
+    skip_teacher_eos: bool,
+    student_pad_id: int,
+    teacher_pad_id: int,
+) -> dict[str, np.ndarray]:
+    """Lay pairs out as [micro-batch, row, token] and their answers as [micro-batch, group, N].
+
+    B = M·G·r rows: micro-batch m, group g holds the contiguous block of r rows that starts at
+    (m·G + g)·r. A group is what one data-parallel shard holds, and its indices count from its
+    own first row, so a gather never leaves the shard.
+
+    Args:
+        pairs: B pairs; None is a row of padding.
+        student_length: T, tokens a student row is padded to.
+        teacher_length: S, tokens a teacher row is padded to.
+        positions: N, answer positions a group is padded to.
+        micro_batches: M.
+        groups: G.
+        convention: How aligned positions are weighted: "token_mean" gives each 1, "official"
+            1/n to each of a row's n, so that the weighted mean is the mean over rows of the
+            rows' means.
+        skip_student_eos: Leave the student's last answer token out of the alignment.
+        skip_teacher_eos: Leave the teacher's last answer token out of the alignment.
+        student_pad_id: Fills up student rows.
+        teacher_pad_id: Fills up teacher rows.
+
+    Returns:
+        student_tokens, student_segment_ids: int32 [M, B/M, T]; segment 1 is text, 0 padding.
+        teacher_tokens, teacher_segment_ids: int32 [M, B/M, S].
+        student_index: int32 [M, G, N], row·T + t of the hidden state that predicts an answer
+            token of the student.
+        targets: int32 [M, G, N], that token.
+        ce_weight: float32 [M, G, N], 1 on answer tokens, 0 on padding.
+        teacher_index: int32 [M, G, N], row·S + s of the aligned hidden state of the teacher,
+            0 where there is none.
+        uld_weight: float32 [M, G, N], see `convention`; 0 where nothing is aligned.
+
+    Raises:
+        ValueError: Rows do not divide into groups, or T, S or N is too small.
+    """
+    if len(pairs) % (micro_batches * groups):
+        raise ValueError(f"{len(pairs)} rows do not divide into {micro_batches} x {groups} groups")
+    group_rows = len(pairs) // (micro_batches * groups)
+    skips = {"skip_student_eos": skip_student_eos, "skip_teacher_eos": skip_teacher_eos}
+    student, student_segments = _pad_rows(
+        [pair and pair.student for pair in pairs], student_length, student_pad_id
+    )
+    teacher, teacher_segments = _pad_rows(
+        [pair and pair.teacher for pair in pairs], teacher_length, teacher_pad_id
+    )
+    flat = [
+        _group_positions(
+            pairs[start : start + group_rows],
+            student_length,
+            teacher_length,
+            positions,
+            convention,
+            **skips,
+        )
+        for start in range(0, len(pairs), group_rows)
+    ]
+    rows = {
+        "student_tokens": student,
+        "student_segment_ids": student_segments,
+        "teacher_tokens": teacher,
+        "teacher_segment_ids": teacher_segments,
+    }
+    batch = {
+        name: array.reshape(micro_batches, groups * group_rows, -1) for name, array in rows.items()
+    }
+    for name in flat[0]:
+        stacked = np.stack([group[name] for group in flat])
+        batch[name] = stacked.reshape(micro_batches, groups, positions)
+    return batch
+
+
+def _pad_rows(
+    rows: Sequence[Encoded | None], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    segments = np.zeros((len(rows), length), np.int32)
+    for row, encoded in enumerate(rows):
+        if encoded is None:
+            continue
+        if len(encoded.tokens) > length:
+            raise ValueError(f"row {row} has {len(encoded.tokens)} tokens, expected <= {length}")
+        tokens[row, : len(encoded.tokens)] = encoded.tokens
+        segments[row, : len(encoded.tokens)] = 1
+    return tokens, segments
+
+
+def _group_positions(
+    pairs: Sequence[Pair | None],
+    student_length: int,
+    teacher_length: int,
+    positions: int,
+    convention: Convention,
+    *,
+    skip_student_eos: bool,
+    skip_teacher_eos: bool,
+) -> dict[str, np.ndarray]:
+    needed = sum(len(pair.student.answer) for pair in pairs if pair is not None)
+    if needed > positions:
+        raise ValueError(f"a group has {needed} answer positions, expected <= {positions}")
+    integers = ("student_index", "targets", "teacher_index")
+    group = {name: np.zeros(positions, np.int32) for name in integers}
+    group |= {name: np.zeros(positions, np.float32) for name in ("ce_weight", "uld_weight")}
+    start = 0
+    for row, pair in enumerate(pairs):
+        if pair is None:
+            continue
+        s, t = pair.student, pair.teacher
+        here = slice(start, start + len(s.answer))
+        group["student_index"][here] = row * student_length + s.answer - 1
+        group["targets"][here] = s.tokens[s.answer]
+        group["ce_weight"][here] = 1.0
+        n = positional_pairs(
+            len(s.answer),
+            len(t.answer),
+            skip_student_eos=skip_student_eos,
+            skip_teacher_eos=skip_teacher_eos,
+        )
+        aligned = slice(start, start + n)
+        group["teacher_index"][aligned] = row * teacher_length + t.answer[:n] - 1
+        group["uld_weight"][aligned] = 1.0 if convention == "token_mean" else 1.0 / max(n, 1)
+        start += len(s.answer)
+    return group

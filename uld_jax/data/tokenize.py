@@ -1,0 +1,302 @@
+"""Prompts and answers as token ids, with the positions of the answer."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uld_jax.data.prompts import ChatFn, Prompt, chat_template, draw_shots, render
+from uld_jax.data.records import Example
+from uld_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Texts a tokenizer call: enough to use its threads, few enough to show progress.
+BATCH = 512
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """A prompt and its answer in the ids of one tokenizer.
+
+    Attributes:
+        tokens: int32 [T], the whole text.
+        answer: int32 [n], indices into `tokens` of the answer's tokens, ascending, never 0.
+    """
+
+    tokens: np.ndarray
+    answer: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """The same answer as the student and as the teacher read it.
+
+    Attributes:
+        id: Of the example.
+        student: In the student's tokens.
+        teacher: In the teacher's tokens.
+    """
+
+    id: str
+    student: Encoded
+    teacher: Encoded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """How one of the two models is prompted.
+
+    Attributes:
+        tokenizer: A transformers fast tokenizer.
+        max_length: Most tokens of prompt and answer; longer examples are dropped, never cut.
+        append_eos: Whether the end-of-text token is part of the answer.
+        shots: Answered examples shown before each question.
+        chat: Whether to write prompts in the tokenizer's chat template.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    max_length: int
+    append_eos: bool
+    shots: int = 0
+    chat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """How many examples were left out; each is counted once, under the first that applies.
+
+    Attributes:
+        empty_answer: The answer is blank, or without tokens.
+        too_long_student: Longer than the student's max_length.
+        too_long_teacher: Longer than the teacher's max_length.
+    """
+
+    empty_answer: int = 0
+    too_long_student: int = 0
+    too_long_teacher: int = 0
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt: Prompt,
+    answer: str,
+    *,
+    append_eos: bool,
+    chat: bool,
+) -> Encoded:
+    """Tokenise prompt and answer as one text and mark the answer's tokens.
+
+    A token belongs to the answer when it ends after the prompt's text, so one that holds only
+    the separator, or straddles the border, does. Tokens that the tokenizer adds by itself do
+    not, nor does a first token, which nothing predicts.
+
+    Args:
+        tokenizer: A transformers fast tokenizer.
+        prompt: See `prompts.render`.
+        answer: Text to follow it.
+        append_eos: Whether to end with the end-of-text token, as part of the answer.
+        chat: Whether the prompt is in a chat template, which writes its own special tokens.
+
+    Returns:
+        The ids and the answer's positions; an empty answer has none but the end-of-text token.
+
+    Raises:
+        UserError: The tokenizer has no end-of-text token to append.
+    """
+    return _encode_many(tokenizer, [prompt], [answer], append_eos=append_eos, chat=chat)[0]
+
+
+def _encode_many(
+    tokenizer: "PreTrainedTokenizerFast",
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    *,
+    append_eos: bool,
+    chat: bool,
+) -> list[Encoded]:
+    if append_eos and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, expected one: "
+            "set its eos_token, or append_eos=False"
+        )
+    texts = [
+        prompt.text + prompt.separator + answer
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    encodings = tokenizer(
+        texts,
+        add_special_tokens=not chat,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    eos_id: Any = tokenizer.eos_token_id  # typed as any special token, single or list
+    tail = [eos_id] if append_eos else []
+    encoded = []
+    for prompt, ids, offsets in zip(
+        prompts, encodings["input_ids"], encodings["offset_mapping"], strict=True
+    ):
+        kept = _without_added_eos(ids, offsets, eos_id)
+        border = len(prompt.text)
+        answer = [i for i, (_, end) in enumerate(offsets[: len(kept)]) if i > 0 and end > border]
+        positions = answer + [len(kept)] * bool(tail and kept)
+        encoded.append(Encoded(np.asarray(kept + tail, np.int32), np.asarray(positions, np.int32)))
+    return encoded
+
+
+def _without_added_eos(
+    ids: list[int], offsets: list[tuple[int, int]], eos_id: int | None
+) -> list[int]:
+    # Some tokenizers end every text themselves; only append_eos decides that here. A token
+    # that stands in the text itself has a width.
+    added = len(ids) > 0 and ids[-1] == eos_id and offsets[-1][1] == 0
+    return ids[:-1] if added else ids
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerFast", prompt: Prompt, *, chat: bool
+) -> np.ndarray:
+    """Tokenise a prompt for generation.
+
+    Args:
+        tokenizer: A transformers fast tokenizer.
+        prompt: See `prompts.render`; its separator is left for the model to write.
+        chat: Whether the prompt is in a chat template.
+
+    Returns:
+        int32 [P] token ids.
+    """
+    bare = Prompt(prompt.text, "")
+    return _encode_many(tokenizer, [bare], [""], append_eos=False, chat=chat)[0].tokens
+
+
+def encode_prompts(
+    examples: Sequence[Example], side: Side, *, pool: Sequence[Example] = (), seed: int = 0
+) -> list[np.ndarray]:
+    """Tokenise the prompts of many examples for generation.
+
+    Args:
+        examples: The items to be answered.
+        side: How the model is prompted; its max_length is left to the caller.
+        pool: Examples that shots are drawn from: the training split.
+        seed: Decides which shots.
+
+    Returns:
+        int32 [P] token ids of each prompt, in the examples' order.
+
+    Raises:
+        UserError: A chat template is missing, or the pool is too small.
+    """
+    encoded: list[Encoded] = []
+    for batch in _batches(examples):
+        bare = [Prompt(prompt.text, "") for prompt in _prompts(side, batch, pool, seed)]
+        nothing = [""] * len(bare)
+        encoded += _encode_many(side.tokenizer, bare, nothing, append_eos=False, chat=side.chat)
+    return [prompt.tokens for prompt in encoded]
+
+
+def encode_pairs(
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    *,
+    student: Side,
+    teacher: Side,
+    pool: Sequence[Example] = (),
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Pair], Dropped]:
+    """Tokenise every example and its answer for both models.
+
+    Args:
+        examples: The items.
+        answers: The answer to train on by example id: the teacher's, or a reference.
+        student: How the student is prompted.
+        teacher: How the teacher is prompted.
+        pool: Examples that shots are drawn from: the training split.
+        seed: Decides which shots.
+        progress: Called after each batch with the number of examples it had.
+
+    Returns:
+        The pairs in the examples' order, and how many examples were dropped.
+
+    Raises:
+        UserError: An example has no answer, a chat template is missing, or nothing is left.
+    """
+    pairs: list[Pair] = []
+    reasons: list[str] = []
+    for batch in _batches(examples):
+        texts = [_answer(answers, example) for example in batch]
+        sides = [_encode_side(side, batch, texts, pool, seed) for side in (student, teacher)]
+        for example, text, s, t in zip(batch, texts, *sides, strict=True):
+            reason = _reason_to_drop(text, s, t, student, teacher)
+            if reason is None:
+                pairs.append(Pair(example.id, s, t))
+            else:
+                reasons.append(reason)
+        if progress is not None:
+            progress(len(batch))
+    names = [field.name for field in dataclasses.fields(Dropped)]
+    dropped = Dropped(**{name: reasons.count(name) for name in names})
+    if not pairs:
+        raise UserError(
+            f"none of {len(examples)} examples is left: {dropped.empty_answer} with an empty "
+            f"answer, {dropped.too_long_student} over the student's max_length "
+            f"{student.max_length}, {dropped.too_long_teacher} over the teacher's max_length "
+            f"{teacher.max_length}: raise max_length, use fewer shots or other answers"
+        )
+    return pairs, dropped
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), BATCH):
+        yield examples[start : start + BATCH]
+
+
+def _answer(answers: Mapping[str, str], example: Example) -> str:
+    if example.id not in answers:
+        raise UserError(
+            f"example {example.id!r} has no answer among the {len(answers)} given: "
+            "generate answers for this very data set and split"
+        )
+    return answers[example.id]
+
+
+def _encode_side(
+    side: Side, batch: Sequence[Example], texts: list[str], pool: Sequence[Example], seed: int
+) -> list[Encoded]:
+    prompts = _prompts(side, batch, pool, seed)
+    return _encode_many(side.tokenizer, prompts, texts, append_eos=side.append_eos, chat=side.chat)
+
+
+def _prompts(
+    side: Side, batch: Sequence[Example], pool: Sequence[Example], seed: int
+) -> list[Prompt]:
+    chat: ChatFn | None = None
+    if side.chat:
+        chat = chat_template(side.tokenizer)
+        if chat is None:
+            raise UserError(
+                f"tokenizer {side.tokenizer.name_or_path!r} has no chat template, expected one: "
+                "set chat=False for a base model"
+            )
+    return [
+        render(example, shots=draw_shots(pool, example, side.shots, seed), chat=chat)
+        for example in batch
+    ]
+
+
+def _reason_to_drop(text: str, s: Encoded, t: Encoded, student: Side, teacher: Side) -> str | None:
+    if (
+        not text.strip()
+        or len(s.answer) <= student.append_eos
+        or len(t.answer) <= teacher.append_eos
+    ):
+        return "empty_answer"
+    if len(s.tokens) > student.max_length:
+        return "too_long_student"
+    if len(t.tokens) > teacher.max_length:
+        return "too_long_teacher"
+    return None
