@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import tokenizers
 import transformers
+from flax import nnx
 
-from uld_jax.models.config import DecoderConfig
+from uld_jax.data import Encoded, Pair, collate
+from uld_jax.models import Decoder, DecoderConfig, LoadedModel
 
 
 def tiny_config(**changes: object) -> DecoderConfig:
@@ -29,7 +32,7 @@ def tiny_config(**changes: object) -> DecoderConfig:
         heads=4,
         kv_heads=2,
         head_dim=8,
-        mlp_width=64,
+        mlp_width=48,
         query_scale=8**-0.5,
         bos_id=1,
         eos_id=2,
@@ -124,4 +127,70 @@ def toy_tokenizer(
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(
+    config: DecoderConfig | None = None, *, kind: str = "byte_level", seed: int = 0
+) -> LoadedModel:
+    """A tiny random model whose vocabulary is that of a toy tokenizer.
+
+    Args:
+        config: What it is made of; its vocab_size is replaced by the tokenizer's.
+        kind: The toy tokenizer's kind.
+        seed: Of the weights.
+
+    Returns:
+        The model, as `uld_jax.models.load` returns it.
+
+    Example:
+        >>> tiny_model().model.embed.shape[0] == len(toy_tokenizer())
+        True
+    """
+    tokenizer = toy_tokenizer(kind=kind)
+    config = dataclasses.replace(config or tiny_config(), vocab_size=len(tokenizer))
+    return LoadedModel(Decoder(config, rngs=nnx.Rngs(seed)), tokenizer, config)
+
+
+def toy_batch(*, rows: int = 8, groups: int = 1, micro_batches: int = 1) -> dict[str, np.ndarray]:
+    """A batch of made-up tokens for `tiny_config` (V 64) and `tiny_gemma` (U 96).
+
+    Args:
+        rows: Examples in all.
+        groups: Data-parallel shards.
+        micro_batches: Parts for gradient accumulation.
+
+    Returns:
+        What `uld_jax.data.collate` returns.
+
+    Example:
+        >>> toy_batch()["student_tokens"].shape
+        (1, 8, 16)
+    """
+    rng = np.random.default_rng(0)
+
+    def encoded(vocabulary: int, length: int, answer: int) -> Encoded:
+        tokens = rng.integers(3, vocabulary, length, dtype=np.int32)
+        return Encoded(tokens, np.arange(length - answer, length, dtype=np.int32))
+
+    pairs = [
+        Pair(
+            str(row),
+            encoded(64, int(rng.integers(10, 16)), int(rng.integers(2, 5))),
+            encoded(96, int(rng.integers(12, 20)), int(rng.integers(1, 6))),
+        )
+        for row in range(rows)
+    ]
+    return collate(
+        pairs,
+        student_length=16,
+        teacher_length=20,
+        positions=4 * rows // (groups * micro_batches),
+        micro_batches=micro_batches,
+        groups=groups,
+        convention="token_mean",
+        skip_student_eos=True,
+        skip_teacher_eos=False,
+        student_pad_id=0,
+        teacher_pad_id=0,
     )

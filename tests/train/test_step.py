@@ -1,0 +1,129 @@
+"""The train step: the same on every mesh, with and without accumulation, and safe from NaN."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from uld_jax.config import LossConfig, OptimizerConfig
+from uld_jax.losses import uld
+from uld_jax.models import Decoder
+from uld_jax.sharding import batch_shards, make_mesh
+from uld_jax.testing import tiny_config, tiny_gemma, toy_batch
+from uld_jax.train import init_state, make_optimizer, state_shardings, to_mesh, train_step
+from uld_jax.train.state import param_shardings
+
+LOSS = LossConfig(chunk_size=8)
+
+
+def make(mesh, *, kv_heads=2, micro_batches=1, loss=LOSS, learning_rate=1e-2):
+    """Student state, teacher parameters and the compiled step on a mesh."""
+    teacher_config = tiny_gemma(kv_heads=kv_heads)
+    student = Decoder(tiny_config(), rngs=nnx.Rngs(0))
+    teacher = Decoder(teacher_config, rngs=nnx.Rngs(1))
+    graph, params = nnx.split(student)
+    teacher_graph, teacher_params = nnx.split(teacher)
+    tx = make_optimizer(
+        OptimizerConfig(learning_rate=learning_rate, schedule="constant"), 10, params, 2
+    )
+    state = init_state(params, tx, seed=0)
+    shardings = state_shardings(state, tx, mesh)
+    state = jax.device_put(state, shardings)
+    teacher_params = jax.device_put(teacher_params, param_shardings(teacher_params, mesh))
+    step = jax.jit(
+        functools.partial(train_step, student=graph, teacher=teacher_graph, tx=tx, loss=loss),
+        out_shardings=(shardings, None),
+    )
+    batch = to_mesh(toy_batch(groups=batch_shards(mesh), micro_batches=micro_batches), mesh)
+    return state, teacher_params, batch, step, (graph, teacher_graph)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One step on one device: what every other arrangement must reproduce."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    state, teacher, batch, step, graphs = make(mesh)
+    return state, teacher, batch, graphs, step(state, teacher, batch)
+
+
+def assert_same_step(result, expected):
+    (state, metrics), (expected_state, expected_metrics) = result, expected
+    for name in ("total", "cross_entropy", "uld", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
+    # The first moment after one step is 0.1 times the clipped gradient.
+    moments = (optax.tree.get(s.opt_state, "mu") for s in (state, expected_state))
+    for got, want in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_every_mesh_takes_the_same_step(shape, alone):
+    mesh = make_mesh(*shape)
+    state, teacher, batch, step, _ = make(mesh)
+    assert len(batch.student_tokens.sharding.device_set) == 8
+    with jax.set_mesh(mesh):
+        assert_same_step(step(state, teacher, batch), alone[-1])
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_accumulation_equals_one_large_batch(micro_batches, alone):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    state, teacher, batch, step, _ = make(mesh, micro_batches=micro_batches)
+    assert_same_step(step(state, teacher, batch), alone[-1])
+
+
+def test_loss_equals_the_plain_computation_over_full_logits(alone):
+    state, teacher_params, batch, (graph, teacher_graph), (_, metrics) = alone
+    b = jax.tree.map(lambda x: x[0], batch)
+    student_BTV = nnx.merge(graph, state.params)(
+        b.student_tokens, segment_ids=b.student_segment_ids
+    )
+    teacher_BSU = nnx.merge(teacher_graph, teacher_params)(
+        b.teacher_tokens, segment_ids=b.teacher_segment_ids
+    )
+    student_NV = student_BTV.reshape(-1, 64)[b.student_index[0]]
+    teacher_NU = teacher_BSU.reshape(-1, 96)[b.teacher_index[0]]
+    ce_N = optax.softmax_cross_entropy_with_integer_labels(student_NV, b.targets[0])
+    ce = (ce_N * b.ce_weight[0]).sum() / b.ce_weight.sum()
+    distance = (uld(student_NV, teacher_NU) * b.uld_weight[0]).sum() / b.uld_weight.sum()
+    np.testing.assert_allclose(metrics["cross_entropy"], ce, rtol=1e-5)
+    np.testing.assert_allclose(metrics["uld"], distance, rtol=1e-5)
+    np.testing.assert_allclose(metrics["total"], ce + 1.5 * distance, rtol=1e-5)
+
+
+def test_the_loss_falls(alone):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    state, teacher, batch, step, _ = make(mesh)
+    totals = []
+    for _ in range(8):
+        state, metrics = step(state, teacher, batch)
+        totals.append(float(metrics["total"]))
+    assert totals[-1] < totals[0] - 0.5
+    assert int(state.step) == 8
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted(alone):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    state, teacher, batch, step, _ = make(mesh)
+    broken = jax.tree.map(lambda x: x, teacher)
+    broken["embed"].set_value(jnp.full_like(teacher["embed"][...], jnp.nan))
+    after, metrics = step(state, broken, batch)
+    assert int(metrics["skipped_steps"]) == int(metrics["nonfinite_in_a_row"]) == 1
+    for got, want in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    _, metrics = step(after, teacher, batch)
+    assert int(metrics["skipped_steps"]) == 1
+    assert int(metrics["nonfinite_in_a_row"]) == 0
+
+
+def test_no_array_of_batch_by_length_by_vocabulary_is_compiled():
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    state, teacher, batch, step, _ = make(mesh)
+    text = step.lower(state, teacher, batch).as_text()
+    assert "8x16x32" in text  # the student's hidden states: the search below would find them
+    for forbidden in ("8x16x64xf32", "8x20x96xf32", "128x64xf32", "160x96xf32"):
+        assert forbidden not in text

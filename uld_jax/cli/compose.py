@@ -1,0 +1,236 @@
+"""What the subcommands share: the config and its workdir, models, data, and progress bars."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from uld_jax import config as configs
+from uld_jax import models
+from uld_jax.config import ModelConfig, RunConfig, TeacherConfig
+from uld_jax.data import Example, Side, chat_template, load_examples
+from uld_jax.errors import UserError
+from uld_jax.files import write_json
+from uld_jax.train import restore_params
+
+console = Console()
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """The resolved config of a run: from --config and its overrides, or from the workdir.
+
+    Args:
+        args: Parsed flags with config, overrides and workdir.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: Every mistake in it at once; or the workdir was written by another config.
+    """
+    saved_path = Path(args.workdir) / "config.json" if args.workdir else None
+    saved = None
+    if saved_path is not None and saved_path.is_file():
+        saved = configs.from_dict(json.loads(saved_path.read_text()))
+    if not args.config and saved is None:
+        where = f"{args.workdir} has no config.json to resume from" if args.workdir else "no run"
+        raise UserError(f"{where}: give --config=FILE.py, e.g. --config=configs/quickstart.py")
+    base = configs.load(args.config) if args.config else saved
+    assert base is not None
+    config, errors = configs.apply_overrides(base, args.overrides)
+    config = configs.resolve(config, device_count=jax.device_count(), errors=errors)
+    different = configs.differences(saved, config) if saved is not None else []
+    if different:
+        raise UserError(
+            f"{args.workdir} holds a run of another config ({'; '.join(different)}): "
+            "choose another --workdir, or leave --config out to resume that run"
+        )
+    return config
+
+
+def claim_workdir(path: str, config: RunConfig) -> Path:
+    """Makes the workdir and writes the config into it.
+
+    Args:
+        path: The workdir.
+        config: The resolved config.
+
+    Returns:
+        The workdir.
+
+    Raises:
+        UserError: It cannot be made or written.
+    """
+    workdir = Path(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / "config.json").is_file():
+            write_json(workdir / "config.json", configs.to_dict(config))
+    except OSError as error:
+        raise UserError(
+            f"--workdir={path}: cannot write there ({error.strerror}); choose another directory"
+        ) from error
+    return workdir
+
+
+def load_model(which: str, config: ModelConfig, mesh: Mesh) -> models.LoadedModel:
+    """Loads the teacher or the student, with a spinner.
+
+    Args:
+        which: "teacher" or "student", for people.
+        config: What to load and how it computes.
+        mesh: Where its parameters go.
+
+    Returns:
+        The model.
+    """
+    with console.status(f"loading the {which}: {config.source}"):
+        m = models.load(
+            config.source,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            remat=config.remat,
+            mesh=mesh,
+        )
+    count = sum(leaf.size for leaf in jax.tree.leaves(models.parameters(m.model)))
+    console.print(
+        f"{which}: {os.path.basename(config.source)}, {count / 1e6:.0f} M parameters, "
+        f"vocabulary {m.config.vocab_size:,}"
+    )
+    return m
+
+
+def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.LoadedModel:
+    """The student as a run's newest checkpoint has it, or as it was before training.
+
+    Args:
+        config: The run.
+        workdir: Where its checkpoints lie; None for the untrained student.
+        mesh: Where its parameters go.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: A workdir without a checkpoint.
+    """
+    m = load_model("student", config.student, mesh)
+    if workdir is None:
+        return m
+    graph, params = nnx.split(m.model)
+    trained = restore_params(Path(workdir) / "checkpoints", params, mesh)
+    return dataclasses.replace(m, model=nnx.merge(graph, trained))
+
+
+def side_of(config: ModelConfig, m: models.LoadedModel) -> Side:
+    """How a model is prompted, from its config and its tokenizer.
+
+    Args:
+        config: The teacher's or the student's.
+        m: The model.
+
+    Returns:
+        The side; only a student, or a teacher so configured, ends answers with its EOS token.
+    """
+    templated = chat_template(m.tokenizer) is not None
+    return Side(
+        m.tokenizer,
+        max_length=config.max_length,
+        append_eos=config.append_eos if isinstance(config, TeacherConfig) else True,
+        shots=config.shots,
+        chat={"auto": templated, "always": True, "never": False}[config.chat],
+    )
+
+
+def load_split(config: RunConfig, split: str) -> list[Example]:
+    """A split of the configured data, cut to the configured number of examples.
+
+    Args:
+        config: The run.
+        split: "train" or "eval".
+
+    Returns:
+        The examples; a random choice by `data.seed` where the number is limited.
+    """
+    data = config.data
+    source, limit = data.source, data.train_examples
+    if split == "eval":
+        source, limit = data.eval_source or data.source, data.eval_examples
+    examples = load_examples(source, split, data_dir=data.data_dir or None)
+    if not limit or limit >= len(examples):
+        return examples
+    chosen = np.random.default_rng(data.seed).permutation(len(examples))[:limit]
+    return [examples[i] for i in sorted(chosen)]
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar for a stage that takes more than a moment.
+
+    Args:
+        title: What is being done.
+        total: How many there are.
+
+    Yields:
+        A function that moves the bar on by so many.
+    """
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def reuse_or_make(path: Path, make: Callable[[], Any]) -> Any:
+    """A stage's result: read where an earlier start of this run wrote it, else made and written.
+
+    Args:
+        path: A JSON file in the workdir.
+        make: Computes the result.
+
+    Returns:
+        The result.
+    """
+    if not path.is_file():
+        write_json(path, make())
+    return json.loads(path.read_text())
+
+
+def limit_message(dropped: Sequence[tuple[str, int]]) -> str:
+    """One line that counts what was left out, empty where nothing was.
+
+    Args:
+        dropped: Reason and number.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> limit_message([("empty answer", 2), ("too long", 0)])
+        'left out: 2 empty answer'
+    """
+    parts = [f"{count} {reason}" for reason, count in dropped if count]
+    return f"left out: {', '.join(parts)}" if parts else ""

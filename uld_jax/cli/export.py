@@ -1,0 +1,24 @@
+"""`uld-jax export`: a run's newest checkpoint as a Hugging Face directory."""
+
+import argparse
+
+from uld_jax import models
+from uld_jax.cli import compose
+from uld_jax.cli.compose import console
+from uld_jax.sharding import make_mesh
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes model.safetensors, config.json and the tokenizer.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        UserError: No checkpoint, or the output directory is not empty.
+    """
+    config = compose.run_config(args)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    student = compose.load_student(config, args.workdir, mesh)
+    models.save_pretrained(student, args.output)
+    console.print(f"student (Hugging Face format): {args.output}")

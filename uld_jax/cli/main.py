@@ -1,0 +1,135 @@
+"""The command `uld-jax`: parses, dispatches, and turns mistakes into one line."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from absl.flags import argparse_flags
+
+import uld_jax
+from uld_jax.errors import UserError
+
+COMMANDS = {
+    "train": "distil a teacher into a student, or resume a run",
+    "generate": "let the teacher answer a data set's training questions",
+    "evaluate": "score a model's answers to held-out questions",
+    "export": "write a run's student as a Hugging Face directory",
+}
+EPILOG = """\
+Any field of the config can be set after it: --config.data.batch_size=16 --config.train.epochs=3.
+`uld-jax fields` lists them with their defaults.
+
+examples:
+  uld-jax train --config=configs/quickstart.py --workdir=runs/first
+  uld-jax train --workdir=runs/first                      (resumes it)
+  uld-jax evaluate --workdir=runs/first
+  uld-jax train --config=configs/quickstart.py --workdir=runs/mine \\
+      --config.data.source=jsonl:my.jsonl --config.student.source=owner/student
+"""
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes the --config.a.b=value flags out of a command line.
+
+    Args:
+        argv: Arguments after the program's name.
+
+    Returns:
+        The other arguments, and path to value.
+
+    Raises:
+        UserError: An override without a value.
+
+    Example:
+        >>> split_overrides(["train", "--config=c.py", "--config.data.seed=3"])
+        (['train', '--config=c.py'], {'data.seed': '3'})
+    """
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    waiting = iter(argv)
+    for argument in waiting:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        path, given, value = argument.removeprefix("--config.").partition("=")
+        if not given:
+            value = next(waiting, None)
+            if value is None:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+        overrides[path] = value
+    return rest, overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; absl's own flags are understood too."""
+    parser = argparse_flags.ArgumentParser(
+        prog="uld-jax",
+        description=uld_jax.__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=uld_jax.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--config", metavar="FILE.py", help="config file: get_config()")
+        command.add_argument(
+            "--workdir",
+            metavar="DIR",
+            required=name in ("train", "export"),
+            help="the run's directory: its config, checkpoints, metrics and results",
+        )
+        if name in ("generate", "export"):
+            command.add_argument("--output", metavar="PATH", required=True, help="what to write")
+        if name == "evaluate":
+            command.add_argument("--output", metavar="FILE.json", help="scores and answers")
+    commands.add_parser("fields", help="list every config field with its default")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program's name.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line error.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        rest, overrides = split_overrides(argv)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(["uld-jax"])
+        args = build_parser().parse_args(rest)
+        args.overrides = overrides
+        # Imported late: `--help` should not wait for JAX.
+        importlib.import_module(f"uld_jax.cli.{args.command}").run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run() -> None:
+    """The console script."""
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

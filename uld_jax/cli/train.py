@@ -1,0 +1,200 @@
+"""`uld-jax train`: measure, let the teacher answer, distil, measure again, save."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from uld_jax import models
+from uld_jax.cli import compose
+from uld_jax.cli.compose import console, progress_bar, reuse_or_make
+from uld_jax.config import RunConfig
+from uld_jax.data import Example, Loader, Side, encode_pairs, make_loader
+from uld_jax.evaluation import comparison_table, evaluate, plot_losses, sample_table
+from uld_jax.sharding import batch_shards, make_mesh
+from uld_jax.teacher import generate_answers
+from uld_jax.train import MetricsWriter, fit, read_metrics
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the stages share."""
+
+    config: RunConfig
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    student: models.LoadedModel
+    teacher: models.LoadedModel
+    train_set: list[Example]
+    eval_set: list[Example]
+
+    @property
+    def student_side(self) -> Side:
+        return compose.side_of(self.config.student, self.student)
+
+    @property
+    def teacher_side(self) -> Side:
+        return compose.side_of(self.config.teacher, self.teacher)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs or resumes the whole job; every finished stage is kept in the workdir.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    config = compose.run_config(args)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
+    teacher = compose.load_model("teacher", config.teacher, mesh)
+    student = compose.load_model("student", config.student, mesh)
+    # Nothing is written before everything that can be wrong has been looked at.
+    workdir = compose.claim_workdir(args.workdir, config)
+    job = _Run(config, workdir, mesh, student, teacher, train_set, eval_set)
+    console.print(f"data: {len(train_set)} training and {len(eval_set)} held-out questions")
+    before = reuse_or_make(workdir / "before.json", lambda: _measure(job, "before training"))
+    answers = reuse_or_make(workdir / "teacher_answers.json", lambda: _answers(job))
+    loader = _loader(job, answers)
+    job.student = dataclasses.replace(student, model=_distil(job, loader))
+    after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
+    _save(job, before, after, steps=len(loader))
+
+
+def _measure(job: _Run, when: str) -> dict[str, Any]:
+    """Scores and answers of the student on the held-out questions."""
+    evaluation = job.config.eval
+    with progress_bar(f"held-out questions {when}", len(job.eval_set)) as progress:
+        result = evaluate(
+            job.student,
+            job.eval_set,
+            job.student_side,
+            pool=job.train_set,
+            seed=job.config.data.seed,
+            max_new_tokens=evaluation.max_new_tokens,
+            batch_size=evaluation.batch_size,
+            progress=progress,
+        )
+    if result.too_long:
+        console.print(
+            f"{result.too_long} prompts are over student.max_length={job.config.student.max_length}"
+            " and count as unanswered"
+        )
+    return dataclasses.asdict(result)
+
+
+def _answers(job: _Run) -> dict[str, str]:
+    """The answers to train on: the teacher's, or the data set's own."""
+    config = job.config
+    if config.data.answers == "gold":
+        return {example.id: example.answers[0] for example in job.train_set}
+    with progress_bar("the teacher answers the training questions", len(job.train_set)) as progress:
+        return generate_answers(
+            job.teacher,
+            job.train_set,
+            job.teacher_side,
+            pool=job.train_set,
+            seed=config.data.seed,
+            max_new_tokens=config.teacher.max_new_tokens,
+            batch_size=config.teacher.batch_size,
+            progress=progress,
+        )
+
+
+def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
+    """Tokenises question and answer for both models and plans the batches."""
+    config = job.config
+    answered = [example for example in job.train_set if example.id in answers]
+    pairs, dropped = encode_pairs(
+        answered,
+        answers,
+        student=job.student_side,
+        teacher=job.teacher_side,
+        pool=job.train_set,
+        seed=config.data.seed,
+    )
+    message = compose.limit_message(
+        [
+            ("with an empty answer", dropped.empty_answer),
+            (f"over student.max_length={config.student.max_length}", dropped.too_long_student),
+            (
+                f"over teacher.max_length={config.teacher.max_length}",
+                dropped.too_long_teacher + len(job.train_set) - len(answered),
+            ),
+        ]
+    )
+    if message:
+        console.print(message)
+    return make_loader(
+        pairs,
+        batch_size=config.data.batch_size,
+        epochs=config.train.epochs,
+        seed=config.data.seed,
+        micro_batches=config.train.accumulation,
+        groups=batch_shards(job.mesh),
+        buckets=config.data.buckets,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        convention=config.loss.convention,
+        skip_student_eos=config.loss.skip_student_eos,
+        skip_teacher_eos=config.loss.skip_teacher_eos,
+    )
+
+
+def _distil(job: _Run, loader: Loader) -> models.Decoder:
+    shapes = ", ".join(
+        f"{s.student_length}+{s.teacher_length} tokens, {s.positions} answer positions"
+        for s in loader.shapes
+    )
+    console.print(f"distilling: {len(loader)} steps; padded sizes: {shapes}")
+    with progress_bar("distilling", len(loader)) as progress:
+        shown = 0
+
+        def show(step: int, steps: int, row: Mapping[str, float]) -> None:
+            nonlocal shown
+            progress(step - shown)
+            shown = step
+            if step == steps or step % max(1, steps // 10) == 0:
+                console.print(
+                    f"step {step}/{steps}: loss {row['total']:.3f} = CE {row['cross_entropy']:.3f}"
+                    f" + {job.config.loss.uld_weight:g} · ULD {row['uld']:.3f}"
+                )
+
+        return fit(
+            job.student.model,
+            job.teacher.model,
+            loader,
+            job.config,
+            mesh=job.mesh,
+            workdir=job.workdir,
+            progress=show,
+        )
+
+
+def _save(job: _Run, before: dict[str, Any], after: dict[str, Any], *, steps: int) -> None:
+    """The Hugging Face directory, the plot, the scores, and the tables on the screen."""
+    workdir, export = job.workdir, job.workdir / "student"
+    if not export.is_dir():
+        models.save_pretrained(job.student, export)
+    rows = read_metrics(workdir)
+    with MetricsWriter(workdir, step=steps) as writer:
+        writer.write_scores(before["scores"], step=0)
+        writer.write_scores(after["scores"], step=steps)
+    plot_losses(rows, workdir / "loss.png")
+    console.print(comparison_table(before["scores"], after["scores"]))
+    samples = [
+        {
+            "question": old["question"],
+            "reference": old["references"][0],
+            "before": old["prediction"],
+            "after": new["prediction"],
+        }
+        for old, new in zip(before["answers"], after["answers"], strict=True)
+    ]
+    console.print(sample_table(samples[: job.config.eval.samples]))
+    console.print(f"student (Hugging Face format): {export}\nloss curve: {workdir / 'loss.png'}")

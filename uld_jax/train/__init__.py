@@ -1,0 +1,24 @@
+"""Training: the pure step, its state on a mesh, the loop, checkpoints and metrics."""
+
+from uld_jax.train.checkpoint import Checkpoints, restore_params
+from uld_jax.train.loop import fit, to_mesh
+from uld_jax.train.metrics import MetricsWriter, read_metrics
+from uld_jax.train.optimizer import make_optimizer, make_schedule
+from uld_jax.train.state import TrainState, init_state, param_shardings, state_shardings
+from uld_jax.train.step import train_step
+
+__all__ = [
+    "Checkpoints",
+    "MetricsWriter",
+    "TrainState",
+    "fit",
+    "init_state",
+    "make_optimizer",
+    "make_schedule",
+    "param_shardings",
+    "read_metrics",
+    "restore_params",
+    "state_shardings",
+    "to_mesh",
+    "train_step",
+]

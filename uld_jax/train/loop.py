@@ -1,0 +1,148 @@
+"""The training loop: batches onto the mesh, steps, metrics, checkpoints, resume."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from uld_jax.config import RunConfig
+from uld_jax.data import Loader
+from uld_jax.errors import UserError
+from uld_jax.models import Decoder
+from uld_jax.sharding import BATCH_AXES
+from uld_jax.train.checkpoint import Checkpoints
+from uld_jax.train.metrics import MetricsWriter
+from uld_jax.train.optimizer import make_optimizer, make_schedule
+from uld_jax.train.state import TrainState, init_state, state_shardings
+from uld_jax.train.step import Metrics, train_step
+from uld_jax.types import Batch
+
+
+def fit(
+    student: Decoder,
+    teacher: Decoder,
+    loader: Loader,
+    config: RunConfig,
+    *,
+    mesh: Mesh,
+    workdir: Path,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> Decoder:
+    """Distils the teacher into the student, from the newest checkpoint in the workdir if any.
+
+    Args:
+        student: Where to start; its arrays are given up to the training state.
+        teacher: The frozen teacher.
+        loader: The batches of all epochs.
+        config: The run.
+        mesh: The device mesh.
+        workdir: Checkpoints, metrics.jsonl and TensorBoard events go here.
+        progress: Called with the step, the number of steps and the step's metrics.
+
+    Returns:
+        The trained student.
+
+    Raises:
+        UserError: More than `train.max_nonfinite_steps` steps in a row were not finite.
+    """
+    steps = min(len(loader), config.train.max_steps or len(loader))
+    graph, params = nnx.split(student)
+    teacher_graph, teacher_params = nnx.split(teacher)
+    tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
+    fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
+    shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh)
+    compiled = jax.jit(
+        functools.partial(
+            train_step, student=graph, teacher=teacher_graph, tx=tx, loss=config.loss
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    iterator = loader.iterator()
+    with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore(jax.eval_shape(fresh, params), shardings)
+        if restored is None:
+            state = jax.jit(fresh, out_shardings=shardings)(params)
+        else:
+            state, iterator_state = restored
+            iterator.set_state(iterator_state)
+        run = _Run(compiled, make_schedule(config.optimizer, steps), teacher_params, mesh, config)
+        first = int(state.step)
+        with MetricsWriter(workdir, step=first) as writer, jax.set_mesh(mesh):
+            for step in range(first + 1, steps + 1):
+                state = run.step(step, state, next(iterator))
+                saving = step % config.train.checkpoint_every == 0 or step == steps
+                if saving or step % config.train.log_every == 0:
+                    for row in run.flush():
+                        writer.write(row)
+                        if progress is not None:
+                            progress(row["step"], steps, row)
+                if saving:
+                    checkpoints.save(state, iterator.get_state())
+    return nnx.merge(graph, state.params)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The compiled step and the metrics that are still on the devices."""
+
+    compiled: Callable[..., tuple[TrainState, Metrics]]
+    schedule: Callable[[int], Any]
+    teacher_params: nnx.State
+    mesh: Mesh
+    config: RunConfig
+    pending: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def step(self, step: int, state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
+        state, metrics = self.compiled(state, self.teacher_params, to_mesh(arrays, self.mesh))
+        self.pending.append((step, metrics))
+        return state
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Fetches the pending metrics, adds rate and time, and stops a run that has diverged."""
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        now = time.perf_counter()
+        seconds = (now - self.since) / max(1, len(fetched))
+        self.pending, self.since = [], now
+        rows = []
+        for step, metrics in fetched:
+            row = {"step": step, **{name: value.item() for name, value in metrics.items()}}
+            row["learning_rate"] = float(self.schedule(step - 1))
+            row["seconds"] = round(seconds, 4)
+            rows.append(row)
+        limit = self.config.train.max_nonfinite_steps
+        bad = [row for row in rows if row["nonfinite_in_a_row"] > limit]
+        if bad:
+            raise UserError(
+                f"step {bad[0]['step']}: loss or gradients were not finite in more than {limit} "
+                "steps in a row (train.max_nonfinite_steps); lower optimizer.learning_rate or "
+                "compute in float32 (student.dtype)"
+            )
+        return rows
+
+
+def to_mesh(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Puts this process's part of a batch on the mesh: rows and groups over data and fsdp.
+
+    Args:
+        arrays: What `uld_jax.data.collate` returns.
+        mesh: The device mesh.
+
+    Returns:
+        The global batch.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    return Batch(
+        **{
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in arrays.items()
+        }
+    )

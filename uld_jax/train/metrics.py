@@ -1,0 +1,86 @@
+"""Metrics on disk: one JSON line a step, and TensorBoard events."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from uld_jax.files import write_text
+
+
+class MetricsWriter:
+    """Writes every step's scalars to metrics.jsonl and TensorBoard.
+
+    A resumed run first drops what was written after the checkpoint it resumes from, so the file
+    reads as if the run had never stopped.
+
+    Args:
+        workdir: The run's directory.
+        step: The step the run starts from.
+
+    Example:
+        >>> import tempfile
+        >>> workdir = Path(tempfile.mkdtemp())
+        >>> with MetricsWriter(workdir, step=0) as writer:
+        ...     writer.write({"step": 1, "loss": 2.5})
+        >>> read_metrics(workdir)
+        [{'step': 1, 'loss': 2.5}]
+    """
+
+    def __init__(self, workdir: Path, *, step: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one step.
+
+        Args:
+            row: "step" and its scalars.
+        """
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(f"train/{name}", value, row["step"])
+
+    def write_scores(self, scores: Mapping[str, float], *, step: int) -> None:
+        """Adds evaluation scores to the TensorBoard events.
+
+        Args:
+            scores: Metric name to value.
+            step: The optimizer step they belong to.
+        """
+        for name, value in scores.items():
+            self._events.add_scalar(f"eval/{name}", value, step)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+
+    Args:
+        workdir: The run's directory.
+
+    Returns:
+        One dict a step, in order; empty where there is no file.
+
+    Example:
+        >>> read_metrics(Path("/nowhere"))
+        []
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]

@@ -1,0 +1,96 @@
+"""What a training run carries from step to step, and where it lies on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from uld_jax.sharding import named_sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The student in training.
+
+    Attributes:
+        step: i32[], steps taken.
+        params: The student's parameters.
+        opt_state: The optimizer's state.
+        key: u32[2], the run's PRNG key data; steps fold their number into it.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: Any
+    key: jax.Array
+
+
+def init_state(
+    params: nnx.State, tx: optax.GradientTransformationExtraArgs, seed: int
+) -> TrainState:
+    """A fresh state around given parameters.
+
+    Args:
+        params: The student's parameters, loaded or random.
+        tx: The optimizer.
+        seed: Of the run's PRNG key.
+
+    Returns:
+        The state at step 0.
+    """
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+
+
+def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """The NamedSharding of every parameter, by its logical axes.
+
+    Args:
+        params: Arrays or shapes.
+        mesh: The device mesh.
+
+    Returns:
+        The same tree with shardings as leaves.
+
+    Raises:
+        UserError: A mesh axis does not divide an array axis.
+    """
+    flat = [
+        (path, p.replace(named_sharding(mesh, p.get_metadata("axes"), p.shape, _name(path))))
+        for path, p in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def state_shardings(
+    state: TrainState, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> TrainState:
+    """The shardings of a whole state: moments lie as their parameters do, the rest is replicated.
+
+    Args:
+        state: The state, or its shapes.
+        tx: The optimizer.
+        mesh: The device mesh.
+
+    Returns:
+        A state with shardings as leaves.
+    """
+    params = param_shardings(state.params, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(replicated, params, opt_state, replicated)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,132 @@
+"""The train step: one pure function of the state, the teacher and a batch."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from uld_jax.config import LossConfig
+from uld_jax.losses import LossOut, fused_uld_cross_entropy
+from uld_jax.models import Decoder
+from uld_jax.sharding import constrain
+from uld_jax.train.state import TrainState
+from uld_jax.types import Batch
+
+Metrics = dict[str, jax.Array]
+
+
+def train_step(
+    state: TrainState,
+    teacher_params: nnx.State,
+    batch: Batch,
+    *,
+    student: nnx.GraphDef[Decoder],
+    teacher: nnx.GraphDef[Decoder],
+    tx: optax.GradientTransformationExtraArgs,
+    loss: LossConfig,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on M micro-batches: L = ce_weight · CE + uld_weight · ULD.
+
+    The normalisers are sums over the whole batch, taken before the first micro-batch, so that the
+    gradients of micro-batches, shards and hosts simply add up.
+
+    Args:
+        state: The student, its optimizer, its key; donate it.
+        teacher_params: The frozen teacher.
+        batch: The data.
+        student: The student's graph.
+        teacher: The teacher's graph.
+        tx: The optimizer.
+        loss: Weights, temperatures and method.
+
+    Returns:
+        The next state, and scalars: total, cross_entropy, uld, grad_norm, ce_positions,
+        uld_positions, skipped_steps, nonfinite_in_a_row.
+    """
+    ce_count, uld_count = batch.ce_weight.sum(), batch.uld_weight.sum()
+    ce_scale = loss.ce_weight / jnp.maximum(ce_count, 1e-9)
+    uld_scale = loss.uld_weight / jnp.maximum(uld_count, 1e-9)
+    micro_loss = functools.partial(
+        _micro_loss, student=student, teacher=teacher, scales=(ce_scale, uld_scale), config=loss
+    )
+    grad = jax.grad(micro_loss, has_aux=True)
+
+    def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad(state.params, teacher_params, micro)), None
+
+    micro = jax.tree.map(lambda x: x[0], batch)
+    total = grad(state.params, teacher_params, micro)
+    if batch.micro_batches > 1:
+        rest = jax.tree.map(lambda x: x[1:], batch)
+        total, _ = jax.lax.scan(accumulate, total, rest)
+    grads, (ce_sum, uld_sum) = total
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ce, uld = LossOut(ce_sum, loss.ce_weight).mean, LossOut(uld_sum, loss.uld_weight).mean
+    metrics = {
+        "total": ce_sum + uld_sum,
+        "cross_entropy": ce,
+        "uld": uld,
+        "grad_norm": optax.tree.norm(grads),
+        "ce_positions": ce_count,
+        "uld_positions": (batch.uld_weight > 0).sum(),
+        "skipped_steps": opt_state.total_notfinite,
+        "nonfinite_in_a_row": opt_state.notfinite_count,
+    }
+    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+
+def _micro_loss(
+    params: nnx.State,
+    teacher_params: nnx.State,
+    b: Batch,
+    *,
+    student: nnx.GraphDef[Decoder],
+    teacher: nnx.GraphDef[Decoder],
+    scales: tuple[jax.Array, jax.Array],
+    config: LossConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One micro-batch's share of the loss, already divided by the whole batch's normalisers."""
+    s, t = nnx.merge(student, params), nnx.merge(teacher, teacher_params)
+    student_BTD = s.hidden(b.student_tokens, segment_ids=b.student_segment_ids)
+    teacher_BSE = t.hidden(b.teacher_tokens, segment_ids=b.teacher_segment_ids)
+    out = fused_uld_cross_entropy(
+        take_positions(student_BTD, b.student_index),
+        s.head_VD,
+        take_positions(teacher_BSE, b.teacher_index),
+        t.head_VD,
+        b.targets,
+        ce_weights=b.ce_weight * scales[0],
+        uld_weights=b.uld_weight * scales[1],
+        student_temperature=config.student_temperature,
+        teacher_temperature=config.teacher_temperature,
+        student_softcap=s.config.logit_softcap or None,
+        teacher_softcap=t.config.logit_softcap or None,
+        method=config.method,
+        chunk_size=config.chunk_size,
+        compute_dtype=student_BTD.dtype,
+    )
+    return out.total, (out.cross_entropy, out.uld)
+
+
+def take_positions(hidden_BTD: jax.Array, index_GN: jax.Array) -> jax.Array:
+    """Gathers the answer positions of each group's rows: only they meet the vocabulary.
+
+    Args:
+        hidden_BTD: Hidden states; rows B in G groups of R.
+        index_GN: Index into each group's R · T positions.
+
+    Returns:
+        [G, N, D].
+
+    Example:
+        >>> hidden_BTD = jnp.arange(8.0).reshape(2, 4, 1)
+        >>> take_positions(hidden_BTD, jnp.array([[1, 4]]))[..., 0].tolist()
+        [[1.0, 4.0]]
+    """
+    grouped = hidden_BTD.reshape(index_GN.shape[0], -1, hidden_BTD.shape[-1])
+    taken = jnp.take_along_axis(grouped, index_GN[..., None], axis=1)
+    return constrain(taken, "batch", None, None)

@@ -1,0 +1,101 @@
+"""Axis legend and the small array containers that every layer shares.
+
+Array names end in their axes: ``logits_BTV`` is [batch, student positions, student vocabulary].
+
+====== =============================== ====== ===============================
+letter axis                            letter axis
+====== =============================== ====== ===============================
+B      batch                           H      query heads
+T      student positions               K      key and value heads
+S      teacher positions               C      chunk of positions
+V      student vocabulary              A      answer positions
+U      teacher vocabulary              N      flattened answer positions
+D      student width                   L      layers
+E      teacher width
+====== =============================== ====== ===============================
+
+In signatures ``*b`` stands for any leading axes, none included.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Batch", "LossOut"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossOut:
+    """A loss as a weighted sum and its weight, so that the one division comes last.
+
+    Micro-batches, hosts and gradient accumulation add `sum` and `weight` field by field and then
+    agree with one large batch.
+
+    Attributes:
+        sum: f32[], the weighted sum of the loss.
+        weight: f32[], the sum of the weights.
+
+    Example:
+        >>> import jax
+        >>> from uld_jax.types import LossOut
+        >>> parts = LossOut(sum=3.0, weight=2.0), LossOut(sum=1.0, weight=2.0)
+        >>> float(jax.tree.map(lambda a, b: a + b, *parts).mean)
+        1.0
+        >>> float(LossOut(sum=0.0, weight=0.0).mean)
+        0.0
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """The sum over the weight; 0, with a gradient of 0, where the weight is 0."""
+        empty = jnp.equal(self.weight, 0)
+        return jnp.where(empty, 0.0, self.sum / jnp.where(empty, 1.0, self.weight))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step's data: M micro-batches of the same rows for student and teacher.
+
+    The answer positions are listed apart, in G groups of N (one group a batch shard of the mesh,
+    holding the R = B / G rows of that shard, so that no gather crosses shards).
+
+    Attributes:
+        student_tokens: i32[M, B, T], right-padded.
+        student_segment_ids: i32[M, B, T], 1 on tokens and 0 on padding.
+        teacher_tokens: i32[M, B, S].
+        teacher_segment_ids: i32[M, B, S].
+        student_index: i32[M, G, N], index into the group's R · T positions of the hidden state
+            that predicts the target.
+        teacher_index: i32[M, G, N], index into the group's R · S positions of the aligned hidden
+            state; any where `uld_weight` is 0.
+        targets: i32[M, G, N], student token ids.
+        ce_weight: f32[M, G, N], 0 on padding.
+        uld_weight: f32[M, G, N], 0 where no teacher position is aligned.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tokens, index = jnp.ones((1, 2, 4), int), jnp.zeros((1, 1, 3), int)
+        >>> Batch(tokens, tokens, tokens, tokens, index, index, index, index, index).micro_batches
+        1
+    """
+
+    student_tokens: jax.Array
+    student_segment_ids: jax.Array
+    teacher_tokens: jax.Array
+    teacher_segment_ids: jax.Array
+    student_index: jax.Array
+    teacher_index: jax.Array
+    targets: jax.Array
+    ce_weight: jax.Array
+    uld_weight: jax.Array
+
+    @property
+    def micro_batches(self) -> int:
+        """M."""
+        return self.student_tokens.shape[0]
