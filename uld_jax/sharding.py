@@ -5,6 +5,7 @@ three mesh axes. One table serves every model, so a new family needs no sharding
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +68,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Lays the devices out as a (data, fsdp, tensor) mesh.
 

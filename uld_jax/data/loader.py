@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uld_jax.data.pack import Convention, collate
+from uld_jax.data.pack import collate
 from uld_jax.data.tokenize import Pair
 from uld_jax.errors import UserError
 
@@ -129,7 +129,7 @@ def make_loader(
     length_multiple: int = 16,
     process_index: int = 0,
     process_count: int = 1,
-    convention: Convention = "token_mean",
+    convention: str = "token_mean",
     skip_student_eos: bool = True,
     skip_teacher_eos: bool = False,
     student_pad_id: int = 0,

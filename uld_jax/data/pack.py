@@ -1,14 +1,17 @@
 """Pairs as the arrays of one training batch."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from uld_jax.data.align import positional_pairs
 from uld_jax.data.tokenize import Encoded, Pair
 
-Convention = Literal["token_mean", "official"]
+# What each of a row's n aligned positions weighs: the weighted mean is the convention's mean.
+POSITION_WEIGHT: dict[str, Callable[[int], float]] = {
+    "token_mean": lambda n: 1.0,
+    "official": lambda n: 1.0 / n,
+}
 
 
 def collate(
@@ -19,7 +22,7 @@ def collate(
     positions: int,
     micro_batches: int,
     groups: int,
-    convention: Convention,
+    convention: str,
     skip_student_eos: bool,
     skip_teacher_eos: bool,
     student_pad_id: int,
@@ -116,7 +119,7 @@ def _group_positions(
     student_length: int,
     teacher_length: int,
     positions: int,
-    convention: Convention,
+    convention: str,
     *,
     skip_student_eos: bool,
     skip_teacher_eos: bool,
@@ -144,6 +147,6 @@ def _group_positions(
         )
         aligned = slice(start, start + n)
         group["teacher_index"][aligned] = row * teacher_length + t.answer[:n] - 1
-        group["uld_weight"][aligned] = 1.0 if convention == "token_mean" else 1.0 / max(n, 1)
+        group["uld_weight"][aligned] = POSITION_WEIGHT[convention](max(n, 1))
         start += len(s.answer)
     return group

@@ -11,6 +11,7 @@ from flax import nnx
 
 from uld_jax.errors import UserError
 from uld_jax.models.cache import empty_cache
+from uld_jax.models.config import DecoderConfig
 from uld_jax.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ def sample(
     scaled_BV = logits_BV / temperature
     sorted_BV = jnp.sort(jax.nn.softmax(scaled_BV, axis=-1), axis=-1, descending=True)
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+    # Rounded sums may reach 1 before the last token, which top_p = 1 keeps all the same.
+    inside_BV = (before_BV < top_p) | (top_p >= 1)
     # The least probability inside the nucleus; the first token is always in.
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, 1.0), axis=-1, keepdims=True)
+    least_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, 1.0), axis=-1, keepdims=True)
     kept_BV = jnp.where(jax.nn.softmax(scaled_BV, axis=-1) >= least_B1, scaled_BV, -jnp.inf)
     return jax.random.categorical(key, kept_BV, axis=-1).astype(jnp.int32)
 
@@ -114,7 +117,7 @@ def length_bucket(length: int, smallest: int = 16) -> int:
 
 def generate(
     model: Decoder,
-    prompt_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     eos_id: int | Sequence[int],
@@ -145,7 +148,8 @@ def generate(
         The new token ids of each prompt, in the order given, without the stop token.
 
     Raises:
-        UserError: An empty prompt, or sampling settings out of range.
+        UserError: Settings out of range; a prompt that is empty, that holds an id outside the
+            vocabulary, or that with the new tokens is longer than the model's positions.
 
     Example:
         >>> from uld_jax.testing import tiny_config
@@ -153,15 +157,10 @@ def generate(
         >>> [len(ids) for ids in generate(model, [[1, 2], [3]], max_new_tokens=4, eos_id=-1)]
         [4, 4]
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"temperature must be >= 0 and 0 < top_p <= 1: got {temperature} and {top_p}"
-        )
-    empty = [i for i, ids in enumerate(prompt_ids) if len(ids) == 0]
-    if empty:
-        raise UserError(f"prompts {empty[:5]} have no tokens; a prompt needs at least one")
+    _check_settings(max_new_tokens, batch_size, temperature, top_p)
+    _check_prompts(model.config, prompt_ids, max_new_tokens)
     graph, params = nnx.split(model)
-    stop_ids = jnp.array([eos_id] if isinstance(eos_id, int) else list(eos_id), jnp.int32)
+    stop_ids = jnp.array(np.atleast_1d(eos_id), jnp.int32)
     key = jax.random.key(0) if key is None else key
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     answers: list[list[int]] = [[] for _ in prompt_ids]
@@ -195,6 +194,41 @@ def generate(
     return answers
 
 
+def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+        raise UserError(
+            f"temperature must be >= 0 and 0 < top_p <= 1: got {temperature} and {top_p}"
+        )
+    if max_new_tokens < 1 or batch_size < 1:
+        raise UserError(
+            f"max_new_tokens and batch_size must be >= 1: got {max_new_tokens} and {batch_size}"
+        )
+
+
+def _check_prompts(
+    config: DecoderConfig, prompt_ids: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int
+) -> None:
+    empty = [i for i, ids in enumerate(prompt_ids) if len(ids) == 0]
+    if empty:
+        raise UserError(f"prompts {empty[:5]} have no tokens; a prompt needs at least one")
+    foreign = [
+        i for i, ids in enumerate(prompt_ids) if min(ids) < 0 or max(ids) >= config.vocab_size
+    ]
+    if foreign:
+        raise UserError(
+            f"prompts {foreign[:5]} have token ids outside 0 … {config.vocab_size - 1}; "
+            "encode them with this model's own tokenizer"
+        )
+    room = config.max_positions - max_new_tokens
+    long = [i for i, ids in enumerate(prompt_ids) if len(ids) > room]
+    if long:
+        raise UserError(
+            f"prompts {long[:5]} have up to {max(len(prompt_ids[i]) for i in long)} tokens, which "
+            f"with max_new_tokens {max_new_tokens} exceed the model's {config.max_positions} "
+            "positions; shorten the prompts or ask for fewer new tokens"
+        )
+
+
 def line_stop_ids(m: "LoadedModel") -> list[int]:
     """Every token that ends a one-line answer: end of sequence, and line breaks.
 
@@ -206,13 +240,14 @@ def line_stop_ids(m: "LoadedModel") -> list[int]:
     """
     texts = m.tokenizer.batch_decode([[i] for i in range(m.config.vocab_size)])
     breaks = {i for i, text in enumerate(texts) if "\n" in text and not text.strip()}
-    ends = {m.config.eos_id, m.tokenizer.eos_token_id} - {None}
-    return sorted(breaks | ends)
+    ends = [i for i in (m.config.eos_id, m.tokenizer.eos_token_id) if i is not None]
+    # Instruction-tuned models may name several.
+    return sorted(breaks.union(*(np.atleast_1d(i).tolist() for i in ends)))
 
 
 def complete(
     m: "LoadedModel",
-    prompt_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
@@ -229,6 +264,9 @@ def complete(
 
     Returns:
         One text a prompt, in the order given, special tokens left out.
+
+    Raises:
+        UserError: As `generate`.
     """
     ids = generate(
         m.model,
@@ -238,4 +276,6 @@ def complete(
         batch_size=batch_size,
         progress=progress,
     )
-    return m.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = m.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    # A token may hold text and a line break after it: such a one does not stop its row.
+    return [text.partition("\n")[0] for text in texts]

@@ -20,13 +20,13 @@ class _HeaderReader(gguf.GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        item_type, length = struct.unpack_from("<IQ", self.data, orig_offs)
+        item_type, length = struct.unpack_from("<IQ", self.data.data, orig_offs)
         if length <= LONG_ARRAY or self.byte_order == "S":
             return super()._get_field_parts(orig_offs, raw_type)
-        end = orig_offs + 12
+        end, view = orig_offs + 12, self.data.data
         if item_type == gguf.GGUFValueType.STRING:
             for _ in range(length):
-                end += 8 + struct.unpack_from("<Q", self.data, end)[0]
+                end += 8 + struct.unpack_from("<Q", view, end)[0]
         else:
             item = self.gguf_scalar_to_np[gguf.GGUFValueType(item_type)]
             end += length * np.dtype(item).itemsize
@@ -49,14 +49,14 @@ class GgufSource:
             self._reader = _HeaderReader(path)
             self._tensors = {t.name: t for t in self._reader.tensors}
             fields = {k: f.contents() for k, f in self._reader.fields.items() if f.data}
-        except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
+        except (ValueError, LookupError, ArithmeticError, struct.error) as error:
             raise UserError(
                 f"{path}: not a complete GGUF file ({error}); its {path.stat().st_size} bytes may "
                 "be a download cut short: fetch it again"
             ) from error
         shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in self._tensors.items()}
-        self.family: Family = by_gguf_architecture(fields["general.architecture"], str(path))
         try:
+            self.family: Family = by_gguf_architecture(fields["general.architecture"], str(path))
             self.config: DecoderConfig = self.family.config_from_gguf(fields | {"tensors": shapes})
         except KeyError as error:
             raise UserError(f"{path}: GGUF metadata or tensor {error} is missing") from error

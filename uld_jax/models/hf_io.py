@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,12 @@ import safetensors.numpy
 import transformers
 from flax import nnx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from jax.sharding import Mesh
 
 from uld_jax.errors import UserError
@@ -28,6 +32,7 @@ from uld_jax.models.gguf import GgufSource
 from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from uld_jax.sharding import make_mesh, named_sharding
 
+FLOATS = {"F64", "F32", "F16", "BF16"}
 FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 
 
@@ -42,7 +47,7 @@ class LoadedModel:
     """
 
     model: Decoder
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: transformers.PreTrainedTokenizerFast
     config: DecoderConfig
 
 
@@ -51,7 +56,7 @@ class TensorSource(Protocol):
 
     family: Family
     config: DecoderConfig
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
@@ -72,33 +77,66 @@ class SafetensorsSource:
         self.directory = directory
         config = _read_json(directory / "config.json")
         self.family = by_model_type(str(config.get("model_type")), str(directory / "config.json"))
-        hf = transformers.AutoConfig.from_pretrained(directory).to_dict()
-        self.config = self.family.config_from_hf(hf)
+        self.config = self.family.config_from_hf(_read_config(directory))
         index = directory / "model.safetensors.index.json"
+        names = {"model.safetensors"}
         if index.is_file():
-            self._file_of = dict(_read_json(index)["weight_map"])
-        else:
-            names = _open(directory / "model.safetensors").keys()
-            self._file_of = dict.fromkeys(names, "model.safetensors")
-        self._files = {name: _open(directory / name) for name in set(self._file_of.values())}
-        self.shapes = {
-            name: tuple(self._files[file].get_slice(name).get_shape())
-            for name, file in self._file_of.items()
+            names = set(_read_json(index).get("weight_map", {}).values())
+        files = [_open(directory / name) for name in sorted(names)]
+        self._file_of = {
+            name: file
+            for file in files
+            for name in file.keys()  # noqa: SIM118 (safe_open is no mapping)
             if not name.endswith(self.family.ignored or ("\0",))
         }
+        slices = {name: file.get_slice(name) for name, file in self._file_of.items()}
+        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        odd = {
+            name: kind for name, part in slices.items() if (kind := part.get_dtype()) not in FLOATS
+        }
+        if odd:
+            name, kind = min(odd.items())
+            raise UserError(
+                f"{directory}: {len(odd)} tensors are of none of the types {sorted(FLOATS)} (the "
+                f"first: {name}, {kind}); export the model unquantised"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored type."""
-        return self._files[self._file_of[name]].get_tensor(name)
+        return self._file_of[name].get_tensor(name)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """A checked Hugging Face config, hashable where it names several end tokens."""
+    try:
+        hf = transformers.AutoConfig.from_pretrained(directory).to_dict()
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory / 'config.json'}: {reason}") from error
+    ends = hf.get("eos_token_id")
+    return hf | {"eos_token_id": tuple(ends) if isinstance(ends, list) else ends}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a Hugging Face model directory")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text())
+    except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: no tokenizer that opens ({reason}); save the model's tokenizer.json there"
+        ) from error
 
 
 def _open(path: Path) -> Any:
@@ -107,7 +145,7 @@ def _open(path: Path) -> Any:
         hint = f" (found {pickled}: pickle files are not read)" if pickled else ""
         raise UserError(f"{path}: no such weights file{hint}")
     try:
-        return safetensors.safe_open(path, framework="flax")
+        return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file: {error}") from error
 
@@ -149,7 +187,7 @@ def load(
     return LoadedModel(model, tokenizer, tensors.config)
 
 
-def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedTokenizerBase]:
+def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedTokenizerFast]:
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -167,7 +205,7 @@ def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedToke
             raise UserError(
                 f"{source}: no such directory here, and the hub did not give it: {reason}"
             ) from error
-    return SafetensorsSource(path), transformers.AutoTokenizer.from_pretrained(path)
+    return SafetensorsSource(path), _read_tokenizer(path)
 
 
 def check_weights(tensors: TensorSource, abstract: nnx.State, where: str) -> None:
@@ -249,7 +287,7 @@ def _read_sharded(tensors: TensorSource, weight: Weight, param: nnx.Param, mesh:
         tensor = tensors.read(name)
         return (tensor.T if weight.transpose else tensor)[index]
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         if not weight.stacked:
             return np.asarray(one(names[0], index)).astype(param.dtype)
         wanted = names[index[0]]
@@ -273,16 +311,18 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
         directory: Made, with its parents; it appears only when it is complete.
 
     Raises:
-        UserError: The directory exists and is not empty.
+        UserError: The directory exists and is not empty, or the disk does not take the files.
     """
     target = Path(directory)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target}: exists and is not empty; choose another directory")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty directory; choose another")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         family = by_model_type(m.config.family, "export")
-        hf_config = family.config_to_hf(m.config)
+        ends = m.config.eos_id
+        hf_config = family.config_to_hf(dataclasses.replace(m.config, eos_id=None))
+        hf_config.eos_token_id = list(ends) if isinstance(ends, tuple) else ends
         state = nnx.state(m.model, nnx.Param)
         hf_config.architectures = [family.architecture]
         hf_config.dtype = str(jax.tree.leaves(state)[0].dtype)
@@ -292,6 +332,8 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
         safetensors.numpy.save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
         scratch.chmod(0o755)
         scratch.replace(target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{target}: the model could not be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

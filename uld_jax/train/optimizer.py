@@ -1,5 +1,7 @@
 """The optimizer: AdamW, the paper's one-cycle schedule, clipping, and the non-finite guard."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,19 +34,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _one_cycle(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """torch's OneCycleLR, whose rise may end between two steps; optax's ends on a whole step."""
+    """The OneCycleLR, of torch, whose rise may end between two steps, unlike optax's."""
     peak = config.learning_rate
     start, end = peak / config.div_factor, peak / (config.div_factor * config.final_div_factor)
     top, last = config.pct_start * steps - 1, steps - 1
 
-    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+    def rate(step: Any) -> jax.Array:
         rising = start + (peak - start) * _half_cosine(step, 0, top)
         return jnp.where(step <= top, rising, peak + (end - peak) * _half_cosine(step, top, last))
 
     return rate
 
 
-def _half_cosine(step: jax.typing.ArrayLike, begin: float, finish: float) -> jax.Array:
+def _half_cosine(step: Any, begin: float, finish: float) -> jax.Array:
     """From 0 at begin to 1 at finish along half a cosine."""
     fraction = jnp.clip((step - begin) / max(finish - begin, 1e-6), 0, 1)
     return (1 - jnp.cos(jnp.pi * fraction)) / 2
@@ -52,7 +54,7 @@ def _half_cosine(step: jax.typing.ArrayLike, begin: float, finish: float) -> jax
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, params: nnx.State, max_nonfinite_steps: int
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay on all but norm scales.
 
     A step whose gradients are not finite changes neither parameters nor moments; the count of

@@ -30,9 +30,7 @@ class TrainState:
     key: jax.Array
 
 
-def init_state(
-    params: nnx.State, tx: optax.GradientTransformationExtraArgs, seed: int
-) -> TrainState:
+def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state around given parameters.
 
     Args:
@@ -67,9 +65,7 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def state_shardings(
-    state: TrainState, tx: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> TrainState:
+def state_shardings(state: TrainState, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The shardings of a whole state: moments lie as their parameters do, the rest is replicated.
 
     Args:
@@ -89,7 +85,8 @@ def state_shardings(
         params,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, params, opt_state, replicated)
+    fields: Any = (replicated, params, opt_state, replicated)
+    return TrainState(*fields)
 
 
 def _name(path: tuple[Any, ...]) -> str:

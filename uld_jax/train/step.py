@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from uld_jax.config import LossConfig
-from uld_jax.losses import LossOut, fused_uld_cross_entropy
+from uld_jax.losses import fused_uld_cross_entropy
 from uld_jax.models import Decoder
 from uld_jax.sharding import constrain
 from uld_jax.train.state import TrainState
@@ -25,7 +25,7 @@ def train_step(
     *,
     student: nnx.GraphDef[Decoder],
     teacher: nnx.GraphDef[Decoder],
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
     loss: LossConfig,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on M micro-batches: L = ce_weight · CE + uld_weight · ULD.
@@ -63,13 +63,13 @@ def train_step(
         rest = jax.tree.map(lambda x: x[1:], batch)
         total, _ = jax.lax.scan(accumulate, total, rest)
     grads, (ce_sum, uld_sum) = total
+    opt_state: Any
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ce, uld = LossOut(ce_sum, loss.ce_weight).mean, LossOut(uld_sum, loss.uld_weight).mean
+    params: Any = optax.apply_updates(state.params, updates)
     metrics = {
         "total": ce_sum + uld_sum,
-        "cross_entropy": ce,
-        "uld": uld,
+        "cross_entropy": ce_sum / (loss.ce_weight or 1.0),
+        "uld": uld_sum / (loss.uld_weight or 1.0),
         "grad_norm": optax.tree.norm(grads),
         "ce_positions": ce_count,
         "uld_positions": (batch.uld_weight > 0).sum(),
