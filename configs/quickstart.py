@@ -21,6 +21,7 @@ CACHE = Path(os.environ.get("ULD_JAX_CACHE", Path.home() / ".cache" / "uld_jax")
 
 
 def get_config() -> RunConfig:
+    """The run."""
     return RunConfig(
         teacher=TeacherConfig(
             source=str(CACHE / "models" / "gemma-3-270m-q4_k_m.gguf"), shots=1, max_length=640

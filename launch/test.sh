@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs everything a change must pass: formatting, lint, types, layers,
+# tests and the documentation's examples.
+#
+#   bash launch/test.sh            the suite (under 20 minutes on 2 cores)
+#   bash launch/test.sh --slow     with the tests marked slow
+#   bash launch/test.sh ARG ...    further arguments go to pytest, e.g. tests/losses -k fused
+#
+# ULD_JAX_ACTIVE_ENV=1 uses the active Python environment instead of making .venv.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+install -e '.[test]'
+bash launch/fetch_models.sh || echo "without the two models, the tests that need them are skipped"
+
+marker="not slow"
+if [ "${1:-}" = --slow ]; then
+  marker=""
+  shift
+fi
+ruff check .
+ruff format --check .
+pyright --pythonpath "$PYTHON"
+lint-imports
+python -m pytest -m "$marker" "$@"
