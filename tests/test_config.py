@@ -397,3 +397,20 @@ def test_a_missing_file_or_a_folder_is_one_line(tmp_path):
     for path in (tmp_path / "absent.py", tmp_path):
         with pytest.raises(UserError, match="found no file; check --config"):
             load(str(path))
+
+
+def test_a_config_dict_of_ml_collections_is_taken_as_well(tmp_path):
+    file = tmp_path / "dict.py"
+    file.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict({'data': {'batch_size': 32}})\n"
+    )
+    assert load(str(file)) == RunConfig(data=DataConfig(batch_size=32))
+    file.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict({'data': {'bach_size': 32}})\n"
+    )
+    with pytest.raises(UserError, match=r"data\.bach_size.*did you mean 'data\.batch_size'"):
+        load(str(file))

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from uld_jax.config.convert import apply_overrides, raise_all
+import ml_collections
+
+from uld_jax.config.convert import apply_overrides, from_dict, raise_all
 from uld_jax.config.schema import RunConfig
 from uld_jax.errors import UserError
 
@@ -31,6 +33,8 @@ _FILE_ERRORS = (
 
 def load(path: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
     """Run a config file and set single fields of what its `get_config()` returns.
+
+    It returns a RunConfig, or an ml_collections.ConfigDict with the same groups and fields.
 
     The config is not validated: pass it to `resolve`. To report bad overrides together with
     everything else, load without them and pass `resolve` what `apply_overrides` returns.
@@ -69,6 +73,8 @@ get_config(), found no file; check --config
         )
     with _one_line_errors(file):
         config = get_config(argument) if argument else get_config()
+    if isinstance(config, ml_collections.ConfigDict):
+        config = from_dict(config.to_dict())
     if not isinstance(config, RunConfig):
         raise UserError(
             f"config file '{file}': expected get_config() to return a RunConfig, "
