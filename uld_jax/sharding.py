@@ -117,8 +117,8 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
         ValueError: An unknown name, or two axes of one array on the same mesh axis.
 
     Example:
-        >>> partition_spec(("vocab", "embed"))
-        PartitionSpec('tensor', 'fsdp')
+        >>> tuple(partition_spec(("vocab", "embed")))
+        ('tensor', 'fsdp')
     """
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
@@ -149,8 +149,8 @@ def named_sharding(
 
     Example:
         >>> mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        >>> named_sharding(mesh, ("vocab", "embed"), (16, 8)).spec
-        PartitionSpec('tensor', 'fsdp')
+        >>> tuple(named_sharding(mesh, ("vocab", "embed"), (16, 8)).spec)
+        ('tensor', 'fsdp')
     """
     spec = partition_spec(axes)
     for axis, size, entry in zip(axes, shape or (), spec, strict=False):

@@ -32,7 +32,7 @@ class DecoderConfig:
         tied: The output head is the embedding.
         max_positions: Longest sequence it was trained for.
         bos_id: Beginning-of-sequence id to export, or None.
-        eos_id: End-of-sequence id to export, or None.
+        eos_id: End-of-sequence id, or ids, to export, or None.
         pad_id: Padding id to export, or None.
 
     Example:
@@ -65,7 +65,7 @@ class DecoderConfig:
     tied: bool = True
     max_positions: int = 2048
     bos_id: int | None = None
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
     pad_id: int | None = None
 
     @property

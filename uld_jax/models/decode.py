@@ -40,10 +40,8 @@ def sample(
     scaled_BV = logits_BV / temperature
     sorted_BV = jnp.sort(jax.nn.softmax(scaled_BV, axis=-1), axis=-1, descending=True)
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    # Rounded sums may reach 1 before the last token, which top_p = 1 keeps all the same.
-    inside_BV = (before_BV < top_p) | (top_p >= 1)
     # The least probability inside the nucleus; the first token is always in.
-    least_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, 1.0), axis=-1, keepdims=True)
+    least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, 1.0), axis=-1, keepdims=True)
     kept_BV = jnp.where(jax.nn.softmax(scaled_BV, axis=-1) >= least_B1, scaled_BV, -jnp.inf)
     return jax.random.categorical(key, kept_BV, axis=-1).astype(jnp.int32)
 

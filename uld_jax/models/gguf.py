@@ -54,6 +54,8 @@ class GgufSource:
                 f"{path}: not a complete GGUF file ({error}); its {path.stat().st_size} bytes may "
                 "be a download cut short: fetch it again"
             ) from error
+        if self._reader.byte_order == "S":
+            raise UserError(f"{path}: big-endian GGUF files are not supported; convert it again")
         shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in self._tensors.items()}
         try:
             self.family: Family = by_gguf_architecture(fields["general.architecture"], str(path))
@@ -67,15 +69,17 @@ class GgufSource:
                 self._names[name] = (weight, weight.gguf.format(layer=layer))
         known = {theirs: ours for ours, (_, theirs) in self._names.items()}
         self.shapes = {known.get(name, name): shape for name, shape in shapes.items()}
-        self._last: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in the Hugging Face layout, float32."""
-        # Shards of one tensor are asked for one after the other: dequantise it once.
-        if self._last is None or self._last[0] != name:
-            weight, stored = self._names[name]
-            tensor = self._tensors[stored]
+        weight, stored = self._names[name]
+        tensor = self._tensors[stored]
+        try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            values = values.reshape(tuple(tensor.shape.tolist()[::-1])).astype(np.float32)
-            self._last = (name, self.family.gguf_to_hf(self.config, weight, values))
-        return self._last[1]
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: tensor {stored} is of type {tensor.tensor_type.name}, which "
+                "cannot be dequantised; convert the model to another GGUF type"
+            ) from error
+        values = values.reshape(tuple(tensor.shape.tolist()[::-1])).astype(np.float32)
+        return self.family.gguf_to_hf(self.config, weight, values)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from uld_jax.errors import UserError
 from uld_jax.models.config import DecoderConfig, Policy
-from uld_jax.models.decoder import Decoder
+from uld_jax.models.decoder import REMAT_POLICIES, Decoder
 from uld_jax.models.families import Family, Weight, by_model_type, hf_names
 from uld_jax.models.gguf import GgufSource
 from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
@@ -107,14 +107,12 @@ class SafetensorsSource:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """A checked Hugging Face config, hashable where it names several end tokens."""
+    """A Hugging Face config that transformers has checked."""
     try:
-        hf = transformers.AutoConfig.from_pretrained(directory).to_dict()
+        return transformers.AutoConfig.from_pretrained(directory).to_dict()
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{directory / 'config.json'}: {reason}") from error
-    ends = hf.get("eos_token_id")
-    return hf | {"eos_token_id": tuple(ends) if isinstance(ends, list) else ends}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -153,8 +151,8 @@ def _open(path: Path) -> Any:
 def load(
     source: str | os.PathLike[str],
     *,
-    dtype: str = "float32",
-    param_dtype: str = "float32",
+    dtype: jax.typing.DTypeLike = "float32",
+    param_dtype: jax.typing.DTypeLike = "float32",
     remat: str = "none",
     mesh: Mesh | None = None,
 ) -> LoadedModel:
@@ -163,7 +161,7 @@ def load(
     Args:
         source: A Hugging Face hub id, a directory of safetensors, or a .gguf file.
         dtype: Type of activations and products, "float32" or "bfloat16".
-        param_dtype: Type of the parameters.
+        param_dtype: Type of the parameters, likewise.
         remat: What the backward pass recomputes: "none", "dots" or "full".
         mesh: Where the parameters go; the first device by default.
 
@@ -171,8 +169,8 @@ def load(
         The model, its tokenizer and its config.
 
     Raises:
-        UserError: Nothing there, an unsupported architecture, or weights that are missing,
-            unexpected or of the wrong shape (all of them in one message).
+        UserError: Nothing there, an unsupported architecture or setting, or weights that are
+            missing, unexpected or of the wrong shape (all of them in one message).
 
     Example:
         >>> load("nowhere/at-all.gguf")
@@ -181,10 +179,23 @@ def load(
         uld_jax.errors.UserError: nowhere/at-all.gguf: no such file; ...
     """
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
+    policy = Policy(dtype=_float_name("dtype", dtype), remat=remat)
+    param_type = _float_name("param_dtype", param_dtype)
+    if remat not in (kinds := ["none", *REMAT_POLICIES]):
+        raise UserError(f"remat must be one of {kinds}: got {remat!r}")
     tensors, tokenizer = _open_source(str(source))
-    policy = Policy(dtype=dtype, remat=remat)
-    model = _fill(tensors, policy, jnp.dtype(param_dtype), mesh, str(source))
+    model = _fill(tensors, policy, jnp.dtype(param_type), mesh, str(source))
     return LoadedModel(model, tokenizer, tensors.config)
+
+
+def _float_name(setting: str, dtype: jax.typing.DTypeLike) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"{setting} must be 'float32' or 'bfloat16': got {name!r}")
+    return name
 
 
 def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedTokenizerFast]:
@@ -279,28 +290,28 @@ def abstract_decoder(config: DecoderConfig, policy: Policy, param_dtype: Any) ->
 
 
 def _read_sharded(tensors: TensorSource, weight: Weight, param: nnx.Param, mesh: Mesh) -> jax.Array:
-    """Builds one parameter; each device's shard is filled layer by layer."""
-    names = list(hf_names(weight, tensors.config.layers))
+    """Builds one parameter: every tensor is read once and cut into this process's shards."""
     sharding = named_sharding(mesh, param.get_metadata("axes"), param.shape, weight.path)
-
-    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
+    places = sharding.addressable_devices_indices_map(tuple(param.shape))
+    cuts = {device: _bounds(index, param.shape) for device, index in places.items()}
+    shards = {
+        cut: np.empty([stop - start for start, stop in cut], param.dtype) for cut in cuts.values()
+    }
+    for layer, name in enumerate(hf_names(weight, tensors.config.layers)):
         tensor = tensors.read(name)
-        return (tensor.T if weight.transpose else tensor)[index]
+        tensor = tensor.T if weight.transpose else tensor
+        for cut, shard in shards.items():
+            within = tuple(slice(*bounds) for bounds in cut[weight.stacked :])
+            if not weight.stacked:
+                shard[...] = tensor[within]
+            elif cut[0][0] <= layer < cut[0][1]:
+                shard[layer - cut[0][0]] = tensor[within]
+    arrays = [jax.device_put(shards[cut], device) for device, cut in cuts.items()]
+    return jax.make_array_from_single_device_arrays(tuple(param.shape), sharding, arrays)
 
-    def shard(index: Any) -> np.ndarray:
-        if not weight.stacked:
-            return np.asarray(one(names[0], index)).astype(param.dtype)
-        wanted = names[index[0]]
-        out = None
-        for i, name in enumerate(wanted):
-            part = one(name, index[1:])
-            if out is None:
-                out = np.empty((len(wanted), *part.shape), param.dtype)
-            out[i] = part
-        assert out is not None
-        return out
 
-    return jax.make_array_from_callback(param.shape, sharding, shard)
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
@@ -320,9 +331,7 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         family = by_model_type(m.config.family, "export")
-        ends = m.config.eos_id
-        hf_config = family.config_to_hf(dataclasses.replace(m.config, eos_id=None))
-        hf_config.eos_token_id = list(ends) if isinstance(ends, tuple) else ends
+        hf_config = family.config_to_hf(m.config)
         state = nnx.state(m.model, nnx.Param)
         hf_config.architectures = [family.architecture]
         hf_config.dtype = str(jax.tree.leaves(state)[0].dtype)
@@ -352,7 +361,7 @@ def to_hf_tensors(config: DecoderConfig, state: nnx.State) -> dict[str, np.ndarr
         >>> from uld_jax.testing import tiny_config
         >>> state = nnx.state(Decoder(tiny_config(), rngs=nnx.Rngs(0)), nnx.Param)
         >>> to_hf_tensors(tiny_config(), state)["model.layers.1.mlp.down_proj.weight"].shape
-        (32, 64)
+        (32, 48)
     """
     flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
     tensors: dict[str, np.ndarray] = {}

@@ -24,8 +24,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, *, eps: float, offset: float) -> 
         [..., D] in x's dtype.
 
     Example:
-        >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0, offset=0.0).round(3).tolist()
-        [0.8489999771118164, 1.1319999694824219]
+        >>> y = rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0, offset=0.0)
+        >>> [round(value, 3) for value in y.tolist()]
+        [0.849, 1.131]
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)

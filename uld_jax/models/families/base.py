@@ -125,6 +125,16 @@ def gated_decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
     return tuple(rows)
 
 
+def end_ids(value: int | list[int] | None) -> int | tuple[int, ...] | None:
+    """A Hugging Face `eos_token_id`, hashable where it names several.
+
+    Example:
+        >>> end_ids([1, 106])
+        (1, 106)
+    """
+    return tuple(value) if isinstance(value, list) else value
+
+
 def refuse(family: str, **unsupported: Any) -> None:
     """Raises where a Hugging Face config asks for something this family's code does not do.
 

@@ -7,7 +7,7 @@ import numpy as np
 import transformers
 
 from uld_jax.models.config import DecoderConfig
-from uld_jax.models.families.base import Family, Weight, gated_decoder_weights, refuse
+from uld_jax.models.families.base import Family, Weight, end_ids, gated_decoder_weights, refuse
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -46,7 +46,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         tied=hf.get("tie_word_embeddings", False),
         max_positions=hf["max_position_embeddings"],
         bos_id=hf.get("bos_token_id"),
-        eos_id=hf.get("eos_token_id"),
+        eos_id=end_ids(hf.get("eos_token_id")),
         pad_id=hf.get("pad_token_id"),
     )
 
@@ -72,7 +72,7 @@ def config_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:
         tie_word_embeddings=c.tied,
         max_position_embeddings=c.max_positions,
         bos_token_id=c.bos_id,
-        eos_token_id=c.eos_id,
+        eos_token_id=list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id,
         pad_token_id=c.pad_id,
     )
 
