@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from uld_jax import models
 from uld_jax.config import ModelConfig, RunConfig, TeacherConfig
 from uld_jax.data import Example, Side, chat_template, load_examples
 from uld_jax.errors import UserError
+from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
 from uld_jax.train import restore_params
 
@@ -49,7 +51,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
     saved_path = Path(args.workdir) / "config.json" if args.workdir else None
     saved = None
     if saved_path is not None and saved_path.is_file():
-        saved = configs.from_dict(json.loads(saved_path.read_text()))
+        saved = _saved_config(saved_path)
     if not args.config and saved is None:
         where = f"{args.workdir} has no config.json to resume from" if args.workdir else "no run"
         raise UserError(f"{where}: give --config=FILE.py, e.g. --config=configs/quickstart.py")
@@ -66,8 +68,17 @@ def run_config(args: argparse.Namespace) -> RunConfig:
     return config
 
 
+def _saved_config(path: Path) -> RunConfig:
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: not JSON ({error}); restore the file or choose another --workdir"
+        ) from error
+
+
 def claim_workdir(path: str, config: RunConfig) -> Path:
-    """Makes the workdir and writes the config into it.
+    """Makes the workdir, writes the config into it, and clears what a kill left half-written.
 
     Args:
         path: The workdir.
@@ -82,6 +93,10 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
     workdir = Path(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        for scratch in workdir.glob(".*.json*.[0-9]*"):
+            scratch.unlink()
+        for scratch in workdir.glob(".student-*"):
+            shutil.rmtree(scratch)
         if not (workdir / "config.json").is_file():
             write_json(workdir / "config.json", configs.to_dict(config))
     except OSError as error:
@@ -179,6 +194,46 @@ def load_split(config: RunConfig, split: str) -> list[Example]:
         return examples
     chosen = np.random.default_rng(data.seed).permutation(len(examples))[:limit]
     return [examples[i] for i in sorted(chosen)]
+
+
+def measure(
+    config: RunConfig,
+    student: models.LoadedModel,
+    train_set: Sequence[Example],
+    eval_set: Sequence[Example],
+    *,
+    title: str = "held-out questions",
+) -> Evaluation:
+    """The student's answers to the held-out questions and their scores, with a progress bar.
+
+    Args:
+        config: The run.
+        student: The model.
+        train_set: What the worked examples in prompts are drawn from.
+        eval_set: The held-out questions.
+        title: Of the progress bar.
+
+    Returns:
+        Scores and answers; how many prompts were too long is printed.
+    """
+    with progress_bar(title, len(eval_set)) as progress:
+        result = evaluate(
+            student,
+            eval_set,
+            side_of(config.student, student),
+            pool=train_set,
+            seed=config.data.seed,
+            max_new_tokens=config.eval.max_new_tokens,
+            batch_size=config.eval.batch_size,
+            progress=progress,
+        )
+        progress(result.too_long)
+    if result.too_long:
+        console.print(
+            f"{result.too_long} of {len(eval_set)} prompts are over "
+            f"student.max_length={config.student.max_length}: these questions count as unanswered"
+        )
+    return result
 
 
 @contextlib.contextmanager

@@ -7,8 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from uld_jax.cli import compose
-from uld_jax.cli.compose import console, progress_bar
-from uld_jax.evaluation import evaluate
+from uld_jax.cli.compose import console
 from uld_jax.files import write_json
 from uld_jax.sharding import make_mesh
 
@@ -26,17 +25,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
     student = compose.load_student(config, args.workdir, mesh)
-    with progress_bar("held-out questions", len(eval_set)) as progress:
-        result = evaluate(
-            student,
-            eval_set,
-            compose.side_of(config.student, student),
-            pool=train_set,
-            seed=config.data.seed,
-            max_new_tokens=config.eval.max_new_tokens,
-            batch_size=config.eval.batch_size,
-            progress=progress,
-        )
+    result = compose.measure(config, student, train_set, eval_set)
     table = Table("metric", "percent")
     for name, value in result.scores.items():
         table.add_row(name, f"{value:.2f}")

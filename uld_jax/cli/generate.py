@@ -40,6 +40,15 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
     kept = [example for example in examples if answers.get(example.id)]
+    too_long = len(examples) - len(answers)
+    message = compose.limit_message(
+        [
+            ("with an empty answer", len(answers) - len(kept)),
+            (f"over teacher.max_length={config.teacher.max_length}", too_long),
+        ]
+    )
+    if not kept:
+        raise UserError(f"none of {len(examples)} questions has an answer; {message}")
     lines = [
         json.dumps(
             {"id": e.id, "prompt": e.question, "completion": answers[e.id]}
@@ -57,11 +66,4 @@ def run(args: argparse.Namespace) -> None:
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "".join(line + "\n" for line in lines))
-    too_long = len(examples) - len(answers)
-    message = compose.limit_message(
-        [
-            ("with an empty answer", len(answers) - len(kept)),
-            (f"over teacher.max_length={config.teacher.max_length}", too_long),
-        ]
-    )
     console.print(f"{len(kept)} answers: {output}" + (f"; {message}" if message else ""))

@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
+import absl.logging
 from absl import flags
 from absl.flags import argparse_flags
 
@@ -110,6 +112,8 @@ def main(argv: Sequence[str]) -> int:
         rest, overrides = split_overrides(argv)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS(["uld-jax"])
+            # What orbax and TFDS log as an error they also raise. --verbosity=0 shows it all.
+            absl.logging.set_verbosity(absl.logging.FATAL)
         args = build_parser().parse_args(rest)
         args.overrides = overrides
         # Imported late: `--help` should not wait for JAX.
@@ -126,9 +130,16 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """The console script."""
+    # transformers announces at import that it found no torch, which we do without.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # A write that fails leaves tensorstore's other writes without anyone to report to; they
+    # would print a traceback each, here and while the interpreter closes.
+    sys.unraisablehook = lambda unraisable: logging.debug("ignored: %s", unraisable.exc_value)
     status = main(sys.argv[1:])
     sys.stdout.flush()
-    sys.exit(status)
+    if status:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

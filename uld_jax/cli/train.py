@@ -12,11 +12,15 @@ from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make
 from uld_jax.config import RunConfig
-from uld_jax.data import Example, Loader, Side, encode_pairs, make_loader
-from uld_jax.evaluation import comparison_table, evaluate, plot_losses, sample_table
+from uld_jax.data import Example, Loader, Side, encode_pairs, encode_prompts, make_loader
+from uld_jax.errors import UserError
+from uld_jax.evaluation import comparison_table, plot_losses, sample_table
 from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.teacher import generate_answers
 from uld_jax.train import MetricsWriter, fit, read_metrics
+from uld_jax.train.loop import step_count
+
+PROMPTS_AT_A_TIME = 64
 
 
 @dataclasses.dataclass
@@ -54,45 +58,58 @@ def run(args: argparse.Namespace) -> None:
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
     teacher = compose.load_model("teacher", config.teacher, mesh)
     student = compose.load_model("student", config.student, mesh)
-    # Nothing is written before everything that can be wrong has been looked at.
-    workdir = compose.claim_workdir(args.workdir, config)
+    workdir = Path(args.workdir)
     job = _Run(config, workdir, mesh, student, teacher, train_set, eval_set)
+    # Nothing is written before everything that can be wrong has been looked at.
+    loader = _loader(job, _gold(job)) if config.data.answers == "gold" else None
+    if loader is None:
+        _check_prompts(job)
+    compose.claim_workdir(args.workdir, config)
     console.print(f"data: {len(train_set)} training and {len(eval_set)} held-out questions")
     before = reuse_or_make(workdir / "before.json", lambda: _measure(job, "before training"))
-    answers = reuse_or_make(workdir / "teacher_answers.json", lambda: _answers(job))
-    loader = _loader(job, answers)
+    if loader is None:
+        loader = _loader(job, reuse_or_make(workdir / "teacher_answers.json", lambda: _ask(job)))
     job.student = dataclasses.replace(student, model=_distil(job, loader))
     after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
-    _save(job, before, after, steps=len(loader))
+    _save(job, before, after, steps=step_count(loader, config))
+
+
+def _check_prompts(job: _Run) -> None:
+    """Refuses a limit that every prompt is over; reads no further than the first that is not."""
+    for name, side in (("student", job.student_side), ("teacher", job.teacher_side)):
+        lengths = (
+            len(ids)
+            for start in range(0, len(job.train_set), PROMPTS_AT_A_TIME)
+            for ids in encode_prompts(
+                job.train_set[start : start + PROMPTS_AT_A_TIME],
+                side,
+                pool=job.train_set,
+                seed=job.config.data.seed,
+            )
+        )
+        if all(length >= side.max_length for length in lengths):
+            raise UserError(
+                f"{name}.max_length={side.max_length}: all {len(job.train_set)} training prompts "
+                f"leave no room for an answer; set --config.{name}.max_length higher, "
+                f"or --config.{name}.shots lower"
+            )
 
 
 def _measure(job: _Run, when: str) -> dict[str, Any]:
     """Scores and answers of the student on the held-out questions."""
-    evaluation = job.config.eval
-    with progress_bar(f"held-out questions {when}", len(job.eval_set)) as progress:
-        result = evaluate(
-            job.student,
-            job.eval_set,
-            job.student_side,
-            pool=job.train_set,
-            seed=job.config.data.seed,
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_size=evaluation.batch_size,
-            progress=progress,
-        )
-    if result.too_long:
-        console.print(
-            f"{result.too_long} prompts are over student.max_length={job.config.student.max_length}"
-            " and count as unanswered"
-        )
+    title = f"held-out questions {when}"
+    result = compose.measure(job.config, job.student, job.train_set, job.eval_set, title=title)
     return dataclasses.asdict(result)
 
 
-def _answers(job: _Run) -> dict[str, str]:
-    """The answers to train on: the teacher's, or the data set's own."""
+def _gold(job: _Run) -> dict[str, str]:
+    """The data set's own answers."""
+    return {example.id: example.answers[0] for example in job.train_set}
+
+
+def _ask(job: _Run) -> dict[str, str]:
+    """The teacher's answers."""
     config = job.config
-    if config.data.answers == "gold":
-        return {example.id: example.answers[0] for example in job.train_set}
     with progress_bar("the teacher answers the training questions", len(job.train_set)) as progress:
         return generate_answers(
             job.teacher,
@@ -147,12 +164,13 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
 
 
 def _distil(job: _Run, loader: Loader) -> models.Decoder:
+    steps = step_count(loader, job.config)
     shapes = ", ".join(
         f"{s.student_length}+{s.teacher_length} tokens, {s.positions} answer positions"
         for s in loader.shapes
     )
-    console.print(f"distilling: {len(loader)} steps; padded sizes: {shapes}")
-    with progress_bar("distilling", len(loader)) as progress:
+    console.print(f"distilling: {steps} steps; padded sizes: {shapes}")
+    with progress_bar("distilling", steps) as progress:
         shown = 0
 
         def show(step: int, steps: int, row: Mapping[str, float]) -> None:
@@ -180,7 +198,8 @@ def _save(job: _Run, before: dict[str, Any], after: dict[str, Any], *, steps: in
     """The Hugging Face directory, the plot, the scores, and the tables on the screen."""
     workdir, export = job.workdir, job.workdir / "student"
     if not export.is_dir():
-        models.save_pretrained(job.student, export)
+        with console.status("writing the student in the Hugging Face format"):
+            compose.save_student(job.student, export)
     rows = read_metrics(workdir)
     with MetricsWriter(workdir, step=steps) as writer:
         writer.write_scores(before["scores"], step=0)

@@ -1,21 +1,28 @@
 """Checkpoints of student, optimizer, key and data iterator: asynchronous, atomic, verified."""
 
-import json
+import contextlib
+import hashlib
 import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from uld_jax.errors import UserError
+from uld_jax.files import write_text
 from uld_jax.train.state import TrainState, param_shardings
 
-# What orbax and tensorstore raise for files that are missing, cut short or not what they say.
-BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
+# In each checkpoint, written when all the rest is on the disk; `sha256sum -c` reads it.
+DIGESTS = "SHA256SUMS"
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +30,12 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run.
 
+    orbax compresses without checksums, so a damaged file may read back as other numbers. Each
+    checkpoint therefore carries the digests of its files, and is used only where they agree.
+
     Args:
         directory: Where they lie.
-        keep: How many of the newest stay.
+        keep: How many of the newest stay; None opens them for reading only.
 
     Example:
         >>> import tempfile
@@ -34,16 +44,26 @@ class Checkpoints:
         []
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int | None) -> None:
         self.directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._saving = 0
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=True,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, newest first."""
@@ -55,25 +75,36 @@ class Checkpoints:
         Args:
             state: The training state.
             iterator_state: The data iterator's, JSON-able.
+
+        Raises:
+            UserError: This checkpoint, or the one before, could not be written.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "key": state.key}),
             data=ocp.args.JsonSave(iterator_state),
         )
-        self._manager.save(int(state.step), args=args)
+        step = int(state.step)
+        with self._writing():
+            # Only then is the checkpoint before sealed under its own number.
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=args)
 
     def restore(
         self, state: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that reads back whole; broken ones are reported and removed.
+        """The newest checkpoint that is whole; damaged ones are reported and removed.
 
         Args:
             state: A state, or its shapes, of the structure to restore.
             shardings: Where its arrays go.
 
         Returns:
-            The state and the data iterator's state, or None where there is no checkpoint.
+            The state and the data iterator's state, or None where there is no whole checkpoint.
+
+        Raises:
+            UserError: The checkpoint is whole but of another model or optimizer.
         """
         abstract = _abstract(state, shardings)
         rest = {"opt_state": abstract.opt_state, "key": abstract.key}
@@ -82,8 +113,11 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(rest),
             data=ocp.args.JsonRestore(),
         )
-        found = self._newest(args, remove_broken=True)
+        had_any = bool(self.steps())
+        found = self._newest(args, state.params, remove_damaged=True)
         if found is None:
+            if had_any:
+                log.warning("no whole checkpoint is left: starting again from the beginning")
             return None
         step, saved = found
         where = shardings.step
@@ -105,26 +139,72 @@ class Checkpoints:
             shardings: Where they go.
 
         Returns:
-            The parameters, or None where there is no checkpoint.
+            The parameters, or None where there is no whole checkpoint.
+
+        Raises:
+            UserError: The checkpoint is whole but of another model.
         """
         target = ocp.args.StandardRestore(_abstract(params, shardings))
-        found = self._newest(ocp.args.Composite(params=target), remove_broken=False)
+        args = ocp.args.Composite(params=target)
+        found = self._newest(args, params, remove_damaged=False)
         return None if found is None else found[1]["params"]
 
-    def _newest(self, args: ocp.args.Composite, *, remove_broken: bool) -> tuple[int, Any] | None:
-        for step in self.steps():
+    def _newest(
+        self, args: ocp.args.Composite, params: nnx.State, *, remove_damaged: bool
+    ) -> tuple[int, Any] | None:
+        steps = self.steps()
+        for step, older in zip(steps, [*steps[1:], None], strict=False):
+            path = self.directory / str(step)
+            if not _is_whole(path):
+                instead = "there is none before it" if older is None else f"trying step {older}"
+                log.warning("checkpoint %s is damaged or not complete: %s", path, instead)
+                if remove_damaged:
+                    self._manager.delete(step)
+                continue
+            self._check_model(step, params)
             try:
                 return step, self._manager.restore(step, args=args)
-            except BROKEN as error:
-                reason = str(error).strip().splitlines()[0][:200]
-                log.warning(
-                    "checkpoint %s is damaged (%s): falling back to the one before",
-                    self.directory / str(step),
-                    reason,
-                )
-                if remove_broken:
-                    self._manager.delete(step)
+            except ValueError as error:
+                raise UserError(
+                    f"checkpoint {path} is of another optimizer ({_reason(error)}): go on with the "
+                    "version of this package that wrote it, or choose another --workdir"
+                ) from error
         return None
+
+    def _check_model(self, step: int, params: nnx.State) -> None:
+        # orbax would say so of one array in the middle of reading the others.
+        handler = ocp.StandardCheckpointHandler()
+        leaves = jax.tree.leaves(handler.metadata(self._manager.directory / str(step) / "params"))
+        stored = {leaf.name: tuple(leaf.shape) for leaf in leaves}
+        wanted = {
+            ".".join(map(str, (*path, "value"))): tuple(param.shape)
+            for path, param in nnx.to_flat_state(params)
+        }
+        different = sorted(name for name, _ in stored.items() ^ wanted.items())
+        if different:
+            name = different[0]
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is of another model than the student "
+                f"({len(set(different))} parameters differ, such as {name}: "
+                f"{stored.get(name, 'absent')} there, {wanted.get(name, 'absent')} here): give "
+                "student.source the model that the run began with, or choose another --workdir"
+            )
+
+    def _seal(self) -> None:
+        """Runs in orbax's thread when all is written, before the folder gets its final name."""
+        if jax.process_index() == 0:
+            (path,) = self.directory.glob(f"{self._saving}.*")
+            write_text(path / DIGESTS, _digests(path))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{self.directory}: a checkpoint could not be written ({_reason(error)}); "
+                "make room there, then run the same command again: it goes on from the last one"
+            ) from error
 
 
 def restore_params(directory: Path, params: nnx.State, mesh: Mesh) -> nnx.State:
@@ -139,14 +219,14 @@ def restore_params(directory: Path, params: nnx.State, mesh: Mesh) -> nnx.State:
         The parameters.
 
     Raises:
-        UserError: There is no checkpoint that can be read.
+        UserError: There is no whole checkpoint, or it is of another model.
     """
     found = None
     if directory.is_dir():
-        with Checkpoints(directory, keep=1) as checkpoints:
+        with Checkpoints(directory, keep=None) as checkpoints:
             found = checkpoints.restore_params(params, param_shardings(params, mesh))
     if found is None:
-        raise UserError(f"{directory}: no checkpoint that can be read; has the run begun to train?")
+        raise UserError(f"{directory}: no whole checkpoint; has the run begun to train?")
     return found
 
 
@@ -156,3 +236,29 @@ def _abstract(tree: Any, shardings: Any) -> Any:
         tree,
         shardings,
     )
+
+
+def _digests(path: Path) -> str:
+    lines = []
+    # Not the files beside the items: orbax writes its times into them after the seal.
+    for file in sorted(path.glob("*/**/*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            lines.append(f"{digest}  {file.relative_to(path)}\n")
+    return "".join(lines)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every file is as it was written; all processes get the first one's answer."""
+    whole = False
+    if jax.process_index() == 0 and (path / DIGESTS).is_file():
+        whole = (path / DIGESTS).read_bytes() == _digests(path).encode()
+    return bool(multihost_utils.broadcast_one_to_all(np.array(whole)))
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words where tensorstore passes on its error number."""
+    text = " ".join(str(error).split())
+    number = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(number[1])) if number else text.split(". ")[0][:160]

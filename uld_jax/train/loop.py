@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -50,9 +51,10 @@ def fit(
         The trained student.
 
     Raises:
-        UserError: More than `train.max_nonfinite_steps` steps in a row were not finite.
+        UserError: More than `train.max_nonfinite_steps` steps in a row were not finite, or a
+            checkpoint could not be written or is of another model.
     """
-    steps = min(len(loader), config.train.max_steps or len(loader))
+    steps = step_count(loader, config)
     graph, params = nnx.split(student)
     teacher_graph, teacher_params = nnx.split(teacher)
     tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
@@ -67,12 +69,7 @@ def fit(
     )
     iterator = loader.iterator()
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(jax.eval_shape(fresh, params), shardings)
-        if restored is None:
-            state = jax.jit(fresh, out_shardings=shardings)(params)
-        else:
-            state, iterator_state = restored
-            iterator.set_state(iterator_state)
+        state = _start(checkpoints, iterator, fresh, params, shardings)
         run = _Run(compiled, make_schedule(config.optimizer, steps), teacher_params, mesh, config)
         first = int(state.step)
         with MetricsWriter(workdir, step=first) as writer, jax.set_mesh(mesh):
@@ -85,8 +82,38 @@ def fit(
                         if progress is not None:
                             progress(row["step"], steps, row)
                 if saving:
+                    writer.flush()
                     checkpoints.save(state, iterator.get_state())
     return nnx.merge(graph, state.params)
+
+
+def _start(
+    checkpoints: Checkpoints,
+    iterator: grain.DatasetIterator[dict[str, np.ndarray]],
+    fresh: Callable[[nnx.State], TrainState],
+    params: nnx.State,
+    shardings: TrainState,
+) -> TrainState:
+    """The state of the newest checkpoint, with the iterator moved to it, or a fresh one."""
+    restored = checkpoints.restore(jax.eval_shape(fresh, params), shardings)
+    if restored is None:
+        return jax.jit(fresh, out_shardings=shardings)(params)
+    state, iterator_state = restored
+    iterator.set_state(iterator_state)
+    return state
+
+
+def step_count(loader: Loader, config: RunConfig) -> int:
+    """The optimizer steps of the whole run: all batches, or `train.max_steps` of them.
+
+    Args:
+        loader: The batches of all epochs.
+        config: The run.
+
+    Returns:
+        The number of steps.
+    """
+    return min(len(loader), config.train.max_steps or len(loader))
 
 
 @dataclasses.dataclass

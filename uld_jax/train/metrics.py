@@ -1,11 +1,19 @@
 """Metrics on disk: one JSON line a step, and TensorBoard events."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]  made when the module is imported
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.proto.summary_pb2 import (
+    Summary,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from uld_jax.files import write_text
 
@@ -34,7 +42,12 @@ class MetricsWriter:
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # SummaryWriter writes in a thread of its own: where that fails, as on a full disk, the
+        # next calls wait for it forever. The suffix tells apart files of the same second.
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -53,7 +66,11 @@ class MetricsWriter:
         self._file.flush()
         for name, value in row.items():
             if name != "step":
-                self._events.add_scalar(f"train/{name}", value, row["step"])
+                self._write_scalar(f"train/{name}", value, row["step"])
+
+    def flush(self) -> None:
+        """Puts all of it on the disk: before a checkpoint, which will not write it again."""
+        self._events.flush()
 
     def write_scores(self, scores: Mapping[str, float], *, step: int) -> None:
         """Adds evaluation scores to the TensorBoard events.
@@ -63,7 +80,13 @@ class MetricsWriter:
             step: The optimizer step they belong to.
         """
         for name, value in scores.items():
-            self._events.add_scalar(f"eval/{name}", value, step)
+            self._write_scalar(f"eval/{name}", value, step)
+
+    def _write_scalar(self, tag: str, value: float, step: int) -> None:
+        self._write_event(step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
