@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
         ),
         data=DataConfig(train_examples=96, eval_examples=64, batch_size=8),
         loss=LossConfig(chunk_size=16),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
         train=TrainConfig(epochs=1, checkpoint_every=6),
         eval=EvalConfig(batch_size=32, max_new_tokens=20),
     )
