@@ -199,7 +199,7 @@ def _save(job: _Run, before: dict[str, Any], after: dict[str, Any], *, steps: in
     workdir, export = job.workdir, job.workdir / "student"
     if not export.is_dir():
         with console.status("writing the student in the Hugging Face format"):
-            compose.save_student(job.student, export)
+            models.save_pretrained(job.student, export)
     rows = read_metrics(workdir)
     with MetricsWriter(workdir, step=steps) as writer:
         writer.write_scores(before["scores"], step=0)
