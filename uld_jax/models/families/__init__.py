@@ -1,5 +1,7 @@
 """The model families, each one file: two config translations and one weight table."""
 
+from collections.abc import Mapping
+
 from uld_jax.errors import UserError
 from uld_jax.models.families.base import Family, Weight, hf_names
 from uld_jax.models.families.gemma3 import GEMMA3
@@ -26,11 +28,7 @@ def by_model_type(model_type: str, where: str) -> Family:
         'LlamaForCausalLM'
     """
     known = {family.model_type: family for family in FAMILIES}
-    if model_type not in known:
-        raise UserError(
-            f"{where}: model_type '{model_type}' is not supported; supported: {sorted(known)}"
-        )
-    return known[model_type]
+    return _find(known, model_type, f"{where}: model_type")
 
 
 def by_gguf_architecture(architecture: str, where: str) -> Family:
@@ -51,12 +49,13 @@ def by_gguf_architecture(architecture: str, where: str) -> Family:
         'gemma3_text'
     """
     known = {family.gguf_architecture: family for family in FAMILIES}
-    if architecture not in known:
-        raise UserError(
-            f"{where}: GGUF architecture '{architecture}' is not supported; "
-            f"supported: {sorted(known)}"
-        )
-    return known[architecture]
+    return _find(known, architecture, f"{where}: GGUF architecture")
+
+
+def _find(known: Mapping[str, Family], name: str, what: str) -> Family:
+    if name not in known:
+        raise UserError(f"{what} '{name}' is not supported; supported: {sorted(known)}")
+    return known[name]
 
 
 __all__ = ["FAMILIES", "Family", "Weight", "by_gguf_architecture", "by_model_type", "hf_names"]

@@ -135,6 +135,99 @@ def end_ids(value: int | list[int] | None) -> int | tuple[int, ...] | None:
     return tuple(value) if isinstance(value, list) else value
 
 
+def fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The DecoderConfig fields that every gated decoder's Hugging Face config names alike.
+
+    Args:
+        hf: The config as a dict.
+
+    Returns:
+        Field to value, ready to be passed on to DecoderConfig.
+
+    Example:
+        >>> fields_from_hf(transformers.LlamaConfig(num_hidden_layers=3).to_dict())["layers"]
+        3
+    """
+    heads = hf["num_attention_heads"]
+    return {
+        "vocab_size": hf["vocab_size"],
+        "width": hf["hidden_size"],
+        "layers": hf["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "mlp_width": hf["intermediate_size"],
+        "norm_eps": hf["rms_norm_eps"],
+        "tied": hf["tie_word_embeddings"],
+        "max_positions": hf["max_position_embeddings"],
+        "bos_id": hf.get("bos_token_id"),
+        "eos_id": end_ids(hf.get("eos_token_id")),
+        "pad_id": hf.get("pad_token_id"),
+    }
+
+
+def fields_to_hf(c: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `fields_from_hf`.
+
+    Args:
+        c: The decoder.
+
+    Returns:
+        Hugging Face field to value, ready to be passed on to its config class.
+
+    Example:
+        >>> from uld_jax.testing import tiny_config
+        >>> fields_to_hf(tiny_config())["num_hidden_layers"]
+        2
+    """
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp_width,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "max_position_embeddings": c.max_positions,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id,
+        "pad_token_id": c.pad_id,
+    }
+
+
+def fields_from_gguf(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The DecoderConfig fields that every gated decoder's GGUF metadata names alike.
+
+    Args:
+        meta: The metadata, see `Family.config_from_gguf`.
+
+    Returns:
+        Field to value, ready to be passed on to DecoderConfig.
+
+    Raises:
+        KeyError: A field that the architecture requires is missing.
+    """
+    name = meta["general.architecture"]
+    heads, width = meta[f"{name}.attention.head_count"], meta[f"{name}.embedding_length"]
+    return {
+        "vocab_size": meta["tensors"]["token_embd.weight"][0],
+        "width": width,
+        "layers": meta[f"{name}.block_count"],
+        "heads": heads,
+        "kv_heads": meta.get(f"{name}.attention.head_count_kv", heads),
+        "head_dim": meta.get(f"{name}.attention.key_length", width // heads),
+        "mlp_width": meta[f"{name}.feed_forward_length"],
+        "norm_eps": meta[f"{name}.attention.layer_norm_rms_epsilon"],
+        "tied": "output.weight" not in meta["tensors"],
+        "max_positions": meta[f"{name}.context_length"],
+        "bos_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "pad_id": meta.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
 def refuse(family: str, **unsupported: Any) -> None:
     """Raises where a Hugging Face config asks for something this family's code does not do.
 

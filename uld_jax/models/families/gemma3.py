@@ -7,10 +7,28 @@ import numpy as np
 import transformers
 
 from uld_jax.models.config import DecoderConfig
-from uld_jax.models.families.base import Family, Weight, end_ids, gated_decoder_weights, refuse
+from uld_jax.models.families.base import (
+    Family,
+    Weight,
+    fields_from_gguf,
+    fields_from_hf,
+    fields_to_hf,
+    gated_decoder_weights,
+    refuse,
+)
 
 # Gemma 3 interleaves five sliding-window layers with one global one; GGUF files leave it implicit.
 PATTERN = 6
+
+
+# What every Gemma 3 text model has, whatever its size.
+TRAITS: dict[str, Any] = {
+    "family": "gemma3_text",
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "qk_norm": True,
+    "post_norms": True,
+}
 
 
 def _local_layers(layers: int) -> tuple[bool, ...]:
@@ -41,19 +59,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         attn_logit_softcapping=hf.get("attn_logit_softcapping"),
     )
     return DecoderConfig(
-        family="gemma3_text",
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        kv_heads=hf["num_key_value_heads"],
-        head_dim=hf["head_dim"],
-        mlp_width=hf["intermediate_size"],
-        norm_eps=hf["rms_norm_eps"],
-        norm_offset=1.0,
-        activation="gelu_tanh",
-        qk_norm=True,
-        post_norms=True,
         rope_theta=kinds["full_attention"]["rope_theta"],
         rope_local_theta=kinds["sliding"]["rope_theta"],
         window=hf["sliding_window"],
@@ -61,11 +66,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         embed_scale=hf["hidden_size"] ** 0.5,
         query_scale=hf["query_pre_attn_scalar"] ** -0.5,
         logit_softcap=hf.get("final_logit_softcapping") or 0.0,
-        tied=hf.get("tie_word_embeddings", True),
-        max_positions=hf["max_position_embeddings"],
-        bos_id=hf.get("bos_token_id"),
-        eos_id=end_ids(hf.get("eos_token_id")),
-        pad_id=hf.get("pad_token_id"),
+        **TRAITS,
+        **fields_from_hf(hf),
     )
 
 
@@ -78,14 +80,6 @@ def config_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:
         ['sliding_attention', 'full_attention']
     """
     return transformers.Gemma3TextConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.mlp_width,
-        rms_norm_eps=c.norm_eps,
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": c.rope_theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": c.rope_local_theta},
@@ -94,11 +88,7 @@ def config_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:
         layer_types=["sliding_attention" if x else "full_attention" for x in c.local_layers],
         query_pre_attn_scalar=round(c.query_scale**-2),
         final_logit_softcapping=c.logit_softcap or None,
-        tie_word_embeddings=c.tied,
-        max_position_embeddings=c.max_positions,
-        bos_token_id=c.bos_id,
-        eos_token_id=list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id,
-        pad_token_id=c.pad_id,
+        **fields_to_hf(c),
     )
 
 
@@ -108,35 +98,18 @@ def config_from_gguf(meta: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         KeyError: A metadata field that the architecture requires is missing.
     """
-    layers, width = meta["gemma3.block_count"], meta["gemma3.embedding_length"]
-    head_dim = meta["gemma3.attention.key_length"]
     scaling = meta.get("gemma3.rope.scaling.type", "none")
     refuse("gemma3_text", rope_scaling=scaling if scaling != "none" else None)
+    fields = fields_from_gguf(meta)
     return DecoderConfig(
-        family="gemma3_text",
-        vocab_size=meta["tensors"]["token_embd.weight"][0],
-        width=width,
-        layers=layers,
-        heads=meta["gemma3.attention.head_count"],
-        kv_heads=meta["gemma3.attention.head_count_kv"],
-        head_dim=head_dim,
-        mlp_width=meta["gemma3.feed_forward_length"],
-        norm_eps=meta["gemma3.attention.layer_norm_rms_epsilon"],
-        norm_offset=1.0,
-        activation="gelu_tanh",
-        qk_norm=True,
-        post_norms=True,
         rope_theta=meta["gemma3.rope.freq_base"],
         rope_local_theta=meta.get("gemma3.rope.local.freq_base", 10_000.0),
         window=meta["gemma3.attention.sliding_window"],
-        local_layers=_local_layers(layers),
-        embed_scale=width**0.5,
-        query_scale=head_dim**-0.5,
-        tied="output.weight" not in meta["tensors"],
-        max_positions=meta["gemma3.context_length"],
-        bos_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_id=meta.get("tokenizer.ggml.eos_token_id"),
-        pad_id=meta.get("tokenizer.ggml.padding_token_id"),
+        local_layers=_local_layers(fields["layers"]),
+        embed_scale=fields["width"] ** 0.5,
+        query_scale=fields["head_dim"] ** -0.5,
+        **TRAITS,
+        **fields,
     )
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import transformers
 
 from uld_jax.models.config import DecoderConfig
-from uld_jax.models.families.base import Family, Weight, end_ids, gated_decoder_weights, refuse
+from uld_jax.models.families.base import (
+    Family,
+    Weight,
+    fields_from_gguf,
+    fields_from_hf,
+    fields_to_hf,
+    gated_decoder_weights,
+    refuse,
+)
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -30,24 +38,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         partial_rotary_factor=rope.get("partial_rotary_factor", 1.0) != 1.0,
         hidden_act=hf["hidden_act"] if hf["hidden_act"] != "silu" else None,
     )
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    fields = fields_from_hf(hf)
     return DecoderConfig(
         family="llama",
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=head_dim,
-        mlp_width=hf["intermediate_size"],
-        norm_eps=hf["rms_norm_eps"],
         rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
-        query_scale=head_dim**-0.5,
-        tied=hf.get("tie_word_embeddings", False),
-        max_positions=hf["max_position_embeddings"],
-        bos_id=hf.get("bos_token_id"),
-        eos_id=end_ids(hf.get("eos_token_id")),
-        pad_id=hf.get("pad_token_id"),
+        query_scale=fields["head_dim"] ** -0.5,
+        **fields,
     )
 
 
@@ -60,20 +56,8 @@ def config_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:
         32
     """
     return transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.mlp_width,
-        rms_norm_eps=c.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tied,
-        max_position_embeddings=c.max_positions,
-        bos_token_id=c.bos_id,
-        eos_token_id=list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id,
-        pad_token_id=c.pad_id,
+        **fields_to_hf(c),
     )
 
 
@@ -83,31 +67,18 @@ def config_from_gguf(meta: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         KeyError: A metadata field that the architecture requires is missing.
     """
-    heads, width = meta["llama.attention.head_count"], meta["llama.embedding_length"]
-    head_dim = meta.get("llama.attention.key_length", width // heads)
     scaling = meta.get("llama.rope.scaling.type", "none")
     refuse(
         "llama",
         rope_scaling=scaling if scaling != "none" else None,
         rope_freqs="rope_freqs.weight" in meta["tensors"],
     )
+    fields = fields_from_gguf(meta)
     return DecoderConfig(
         family="llama",
-        vocab_size=meta["tensors"]["token_embd.weight"][0],
-        width=width,
-        layers=meta["llama.block_count"],
-        heads=heads,
-        kv_heads=meta.get("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_width=meta["llama.feed_forward_length"],
-        norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
         rope_theta=meta.get("llama.rope.freq_base", 10_000.0),
-        query_scale=head_dim**-0.5,
-        tied="output.weight" not in meta["tensors"],
-        max_positions=meta["llama.context_length"],
-        bos_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_id=meta.get("tokenizer.ggml.eos_token_id"),
-        pad_id=meta.get("tokenizer.ggml.padding_token_id"),
+        query_scale=fields["head_dim"] ** -0.5,
+        **fields,
     )
 
 
