@@ -36,6 +36,19 @@ from uld_jax.train import restore_params
 console = Console()
 
 
+def say(message: str) -> None:
+    """Prints a line as it is: never wrapped, and brackets in it are no markup.
+
+    Args:
+        message: The line.
+
+    Example:
+        >>> say("student: runs/[a]/student")
+        student: runs/[a]/student
+    """
+    console.print(message, soft_wrap=True, markup=False)
+
+
 def run_config(args: argparse.Namespace) -> RunConfig:
     """The resolved config of a run: from --config and its overrides, or from the workdir.
 
@@ -126,7 +139,7 @@ def load_model(which: str, config: ModelConfig, mesh: Mesh) -> models.LoadedMode
             mesh=mesh,
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(models.parameters(m.model)))
-    console.print(
+    say(
         f"{which}: {os.path.basename(config.source)}, {count / 1e6:.0f} M parameters, "
         f"vocabulary {m.config.vocab_size:,}"
     )
@@ -229,7 +242,7 @@ def measure(
         )
         progress(result.too_long)
     if result.too_long:
-        console.print(
+        say(
             f"{result.too_long} of {len(eval_set)} prompts are over "
             f"student.max_length={config.student.max_length}: these questions count as unanswered"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from uld_jax.cli import compose
-from uld_jax.cli.compose import console
+from uld_jax.cli.compose import console, say
 from uld_jax.files import write_json
 from uld_jax.sharding import make_mesh
 
@@ -32,4 +32,4 @@ def run(args: argparse.Namespace) -> None:
     console.print(table)
     if args.output:
         write_json(Path(args.output), dataclasses.asdict(result))
-        console.print(f"scores and answers: {args.output}")
+        say(f"scores and answers: {args.output}")

@@ -4,7 +4,7 @@ import argparse
 
 from uld_jax import models
 from uld_jax.cli import compose
-from uld_jax.cli.compose import console
+from uld_jax.cli.compose import say
 from uld_jax.sharding import make_mesh
 
 
@@ -21,4 +21,4 @@ def run(args: argparse.Namespace) -> None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     student = compose.load_student(config, args.workdir, mesh)
     models.save_pretrained(student, args.output)
-    console.print(f"student (Hugging Face format): {args.output}")
+    say(f"student (Hugging Face format): {args.output}")

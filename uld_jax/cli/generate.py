@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from uld_jax.cli import compose
-from uld_jax.cli.compose import console, progress_bar
+from uld_jax.cli.compose import progress_bar, say
 from uld_jax.errors import UserError
 from uld_jax.files import write_text
 from uld_jax.sharding import make_mesh
@@ -66,4 +66,4 @@ def run(args: argparse.Namespace) -> None:
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "".join(line + "\n" for line in lines))
-    console.print(f"{len(kept)} answers: {output}" + (f"; {message}" if message else ""))
+    say(f"{len(kept)} answers: {output}" + (f"; {message}" if message else ""))

@@ -10,7 +10,7 @@ import jax
 
 from uld_jax import models
 from uld_jax.cli import compose
-from uld_jax.cli.compose import console, progress_bar, reuse_or_make
+from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
 from uld_jax.config import RunConfig
 from uld_jax.data import Example, Loader, Side, encode_pairs, encode_prompts, make_loader
 from uld_jax.errors import UserError
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if loader is None:
         _check_prompts(job)
     compose.claim_workdir(args.workdir, config)
-    console.print(f"data: {len(train_set)} training and {len(eval_set)} held-out questions")
+    say(f"data: {len(train_set)} training and {len(eval_set)} held-out questions")
     before = reuse_or_make(workdir / "before.json", lambda: _measure(job, "before training"))
     if loader is None:
         loader = _loader(job, reuse_or_make(workdir / "teacher_answers.json", lambda: _ask(job)))
@@ -146,7 +146,7 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
         ]
     )
     if message:
-        console.print(message)
+        say(message)
     return make_loader(
         pairs,
         batch_size=config.data.batch_size,
@@ -169,7 +169,7 @@ def _distil(job: _Run, loader: Loader) -> models.Decoder:
         f"{s.student_length}+{s.teacher_length} tokens, {s.positions} answer positions"
         for s in loader.shapes
     )
-    console.print(f"distilling: {steps} steps; padded sizes: {shapes}")
+    say(f"distilling: {steps} steps; padded sizes: {shapes}")
     with progress_bar("distilling", steps) as progress:
         shown = 0
 
@@ -178,7 +178,7 @@ def _distil(job: _Run, loader: Loader) -> models.Decoder:
             progress(step - shown)
             shown = step
             if step == steps or step % max(1, steps // 10) == 0:
-                console.print(
+                say(
                     f"step {step}/{steps}: loss {row['total']:.3f} = CE {row['cross_entropy']:.3f}"
                     f" + {job.config.loss.uld_weight:g} · ULD {row['uld']:.3f}"
                 )
@@ -216,4 +216,4 @@ def _save(job: _Run, before: dict[str, Any], after: dict[str, Any], *, steps: in
         for old, new in zip(before["answers"], after["answers"], strict=True)
     ]
     console.print(sample_table(samples[: job.config.eval.samples]))
-    console.print(f"student (Hugging Face format): {export}\nloss curve: {workdir / 'loss.png'}")
+    say(f"student (Hugging Face format): {export}\nloss curve: {workdir / 'loss.png'}")
