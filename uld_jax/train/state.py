@@ -21,7 +21,7 @@ class TrainState:
         step: i32[], steps taken.
         params: The student's parameters.
         opt_state: The optimizer's state.
-        key: u32[2], the run's PRNG key data; steps fold their number into it.
+        key: u32[2], the run's PRNG key data, saved for steps that sample; none does yet.
     """
 
     step: jax.Array
