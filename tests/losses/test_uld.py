@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from uld_jax.losses import reference_uld, sorted_probabilities, uld
-from uld_jax.losses.uld import _match_by_search, _match_by_sorts, uld_to_sorted
+from uld_jax.losses.sorting import _match_by_packed_sort, _match_by_sorts
+from uld_jax.losses.uld import uld_to_sorted
 
 WIDTHS = [(7, 7), (5, 12), (12, 5), (1, 3)]
 logits_6 = hnp.arrays(np.float32, 6, elements=st.floats(-8, 8, width=32))
 few_examples = settings(max_examples=40, deadline=None)
 
-match_by_search, match_by_sorts = jax.jit(_match_by_search), jax.jit(_match_by_sorts)
+match_by_packed_sort, match_by_sorts = jax.jit(_match_by_packed_sort), jax.jit(_match_by_sorts)
 uld_gradient = jax.jit(jax.grad(uld))
 
 
@@ -68,7 +69,7 @@ TIED = [
 ]
 
 
-@pytest.mark.parametrize("match", [match_by_search, match_by_sorts])
+@pytest.mark.parametrize("match", [match_by_packed_sort, match_by_sorts])
 @pytest.mark.parametrize(("q", "p"), TIED)
 def test_tied_probabilities_get_the_central_difference(match, q, p):
     q, p = np.array(q, np.float32), np.array(p, np.float32)
@@ -88,18 +89,19 @@ def test_both_ways_to_find_the_signs_agree_bit_for_bit(weights, teacher):
     q = weights / max(weights.sum(), 1)
     p = np.zeros(9, np.float32)
     p[:6] = sorted_probabilities(teacher)
-    for by_search, by_sorts in zip(match_by_search(q, p), match_by_sorts(q, p), strict=True):
+    for by_search, by_sorts in zip(match_by_packed_sort(q, p), match_by_sorts(q, p), strict=True):
         np.testing.assert_array_equal(by_search, by_sorts)
 
 
-@pytest.mark.parametrize(("platform", "gathers"), [("tpu", False), ("cuda", True)])
-def test_lowers_for_accelerators_and_neither_gathers_nor_scatters_on_tpu(platform, gathers):
+@pytest.mark.parametrize("method", ["sort", "level_set"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators_and_neither_gathers_nor_scatters_on_tpu(method, platform):
     argument = jax.ShapeDtypeStruct((2, 64), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda s, t: uld(s, t).sum()))
+    gradient = jax.jit(jax.grad(lambda s, t: uld(s, t, method=method).sum()))
     program = jax.export.export(gradient, platforms=[platform])(argument, argument).mlir_module()
-    assert ("stablehlo.gather" in program) == gathers
-    assert "stablehlo.scatter" not in program
-    assert "stablehlo.sort" in program
+    indexed = "stablehlo.gather" in program or "stablehlo.scatter" in program
+    assert indexed == (platform == "cuda")
+    assert ("stablehlo.sort" in program) == (method == "sort")
 
 
 @given(logits_6, logits_6, st.permutations(range(6)), st.permutations(range(6)))
