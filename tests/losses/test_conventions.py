@@ -27,30 +27,45 @@ def fixture_logits():
     return student, 2 * np.cos(0.5 * (1 + b) + 0.9 * t + 1.7 * v)
 
 
+STUDENT_MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+
+
 @pytest.mark.parametrize(
-    ("skip_student", "skip_teacher", "temperature", "expected"),
+    ("convention", "skip_student", "skip_teacher", "temperature", "expected"),
     [
-        (True, False, 1.0, 0.5103639681),
-        (False, False, 1.0, 0.4802155040),
-        (True, True, 1.0, 0.4458664682),
-        (True, False, 2.0, 0.3980347592),
+        ("official", True, False, 1.0, 0.5103639681),
+        ("official", False, False, 1.0, 0.4802155040),
+        ("official", True, True, 1.0, 0.4458664682),
+        ("official", True, False, 2.0, 0.3980347592),
+        ("trl_bayesian", True, False, 1.0, 0.5103639681),
+        ("trl_bayesian", False, False, 1.0, 0.4802155040),
+        ("trl_bayesian", True, True, 1.0, 0.4458664682),
+        ("trl_observed", True, True, 1.0, 0.5469831845),
+        ("trl_observed", True, False, 1.0, 0.5036341305),
+        ("trl_observed", False, False, 1.0, 0.5072195212),
+        ("dskd", False, False, 1.0, 2.8812930240 / 8),
+        ("tokenkit", False, False, 1.0, 0.4207350508),
     ],
 )
-def test_official_reproduces_the_fixture(skip_student, skip_teacher, temperature, expected):
+def test_conventions_reproduce_the_fixture(
+    convention, skip_student, skip_teacher, temperature, expected
+):
     with jax.enable_x64(True):
         loss = distillation_loss(
             *fixture_logits(),
             STUDENT_LABELS,
             TEACHER_LABELS,
+            convention=convention,
             skip_student_eos=skip_student,
             skip_teacher_eos=skip_teacher,
+            student_mask=STUDENT_MASK if convention == "tokenkit" else None,
             student_temperature=temperature,
             teacher_temperature=temperature,
         )
         np.testing.assert_allclose(loss.uld, expected, rtol=0, atol=1e-9)
         np.testing.assert_allclose(loss.cross_entropy, 2.0308412173, rtol=0, atol=1e-9)
         np.testing.assert_allclose(loss.total, 2.0308412173 + 1.5 * expected, rtol=0, atol=1e-9)
-        if (skip_student, skip_teacher, temperature) == (True, False, 1.0):
+        if (convention, skip_student, skip_teacher, temperature) == ("official", True, False, 1.0):
             np.testing.assert_allclose(loss.total, 2.7963871, rtol=0, atol=1e-7)
 
 
@@ -138,7 +153,13 @@ def test_rows_that_open_with_the_answer_follow_the_released_slices(skip_student,
 
 
 @pytest.mark.parametrize(
-    ("convention", "weights"), [("official", (1 / 6,) * 3 + (1 / 2,)), ("token_mean", (1 / 4,) * 4)]
+    ("convention", "weights"),
+    [
+        ("official", (1 / 6,) * 3 + (1 / 2,)),
+        ("trl_bayesian", (1 / 6,) * 3 + (1 / 2,)),
+        ("token_mean", (1 / 4,) * 4),
+        ("dskd", (1 / 4,) * 4),
+    ],
 )
 def test_answers_of_several_turns_are_selected_by_mask(convention, weights):
     student, teacher = random_logits(2, 8, 5, seed=3), random_logits(2, 7, 6, seed=4)
@@ -156,7 +177,59 @@ def test_answers_of_several_turns_are_selected_by_mask(convention, weights):
     np.testing.assert_allclose(loss.uld, np.dot(pairs, weights), rtol=1e-6)
 
 
-@pytest.mark.parametrize("convention", ["official", "token_mean"])
+def test_trl_observed_takes_the_logits_at_the_answer_of_every_turn():
+    student, teacher = random_logits(1, 6, 5, seed=3), random_logits(1, 5, 6, seed=4)
+    student_labels = np.array([[-100, 1, -100, 1, 1, -100]])
+    teacher_labels = np.array([[1, -100, -100, 1, 1]])
+    pairs = reference_uld(student[0, [1, 3, 4]], teacher[0, [0, 3, 4]])
+    loss = distillation_loss(
+        student, teacher, student_labels, teacher_labels, convention="trl_observed"
+    )
+    np.testing.assert_allclose(loss.uld, pairs.mean(), rtol=1e-6)
+
+
+def test_dskd_divides_both_parts_by_the_students_answer_tokens():
+    student, teacher = random_logits(2, 5, 6, seed=5), random_logits(2, 4, 4, seed=6)
+    student_labels = labels_of_spans(5, [(0, 4), (2, 5)])
+    teacher_labels = labels_of_spans(4, [(1, 3), (0, 0)])
+    teacher[1] = np.nan
+    loss = distillation_loss(student, teacher, student_labels, teacher_labels, convention="dskd")
+    pairs = reference_uld(student[0, :2], teacher[0, :2])
+    # The token that opens the first row is predicted by nothing.
+    np.testing.assert_allclose(loss.uld, pairs.sum() / 6, rtol=1e-6)
+    log_probs = jax.nn.log_softmax(student)[:, :, 1]
+    cross_entropy = -(log_probs[0, :3].sum() + log_probs[1, 1:4].sum()) / 6
+    np.testing.assert_allclose(loss.cross_entropy, cross_entropy, rtol=1e-6)
+
+
+@pytest.mark.parametrize("widths", [(5, 3), (3, 5)])
+def test_tokenkit_compares_what_the_mask_and_both_widths_hold(widths):
+    student, teacher = (
+        random_logits(2, widths[0], 6, seed=7),
+        random_logits(2, widths[1], 4, seed=8),
+    )
+    mask = np.array([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])[:, : widths[0]]
+    expected = reference_uld(student[:, :3], teacher[:, :3])
+    student = np.where(mask[:, :, None] == 1, student, np.nan)
+    labels = [np.full((2, width), -100) for width in widths]
+    loss, gradient = jax.value_and_grad(
+        lambda student: (
+            distillation_loss(
+                student, teacher, *labels, convention="tokenkit", student_mask=mask
+            ).uld
+        )
+    )(student)
+    np.testing.assert_allclose(loss, (expected * mask[:, :3]).sum() / 4, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[mask == 0], 0)
+    everything = distillation_loss(
+        teacher, teacher[:, ::-1], labels[1], labels[1], convention="tokenkit"
+    )
+    np.testing.assert_allclose(
+        everything.uld, reference_uld(teacher, teacher[:, ::-1]).mean(), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("convention", ["official", "token_mean", "trl_observed"])
 def test_rows_without_compared_positions_and_padding_leave_no_trace(convention):
     student, teacher = random_logits(3, 5, 6, seed=5), random_logits(3, 5, 4, seed=6)
     student_labels = labels_of_spans(5, [(2, 4), (3, 4), (0, 0)])
@@ -211,7 +284,29 @@ def test_ignore_index_and_weights_are_the_callers():
 
 def test_unknown_names_list_the_valid_ones():
     logits, labels = jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int)
-    with pytest.raises(ValueError, match=r"'oficial'.*'official', 'token_mean'"):
+    with pytest.raises(ValueError, match=r"'oficial'.*'official', 'token_mean', 'trl"):
         distillation_loss(logits, logits, labels, labels, convention="oficial")
     with pytest.raises(ValueError, match=r"'quick'.*'auto', 'sort'"):
         losses.distillation_loss(logits, logits, labels, labels, method="quick")
+
+
+@pytest.mark.parametrize(
+    ("convention", "argument", "message"),
+    [
+        (
+            "official",
+            {"student_mask": np.ones((1, 2), bool)},
+            "expected convention 'tokenkit', got",
+        ),
+        (
+            "tokenkit",
+            {"skip_student_eos": True},
+            "expected convention 'official' or 'token_mean' or",
+        ),
+        ("tokenkit", {"skip_teacher_eos": True}, "or 'dskd', got 'tokenkit', which ignores it"),
+    ],
+)
+def test_arguments_that_a_convention_ignores_are_refused(convention, argument, message):
+    logits, labels = jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int)
+    with pytest.raises(ValueError, match=f"^{next(iter(argument))}: .*{message}"):
+        losses.distillation_loss(logits, logits, labels, labels, convention=convention, **argument)
