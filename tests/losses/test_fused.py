@@ -1,4 +1,5 @@
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,12 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from uld_jax.losses import fused_uld_cross_entropy, uld
+from uld_jax.losses import (
+    DIVERGENCES,
+    fused_divergence_cross_entropy,
+    fused_uld_cross_entropy,
+    uld,
+)
 
 D, E = 5, 4
 
@@ -81,7 +87,7 @@ def assert_equals_unfused(arrays, options, static=None, rtol=1e-5):
 
     loss, actual, (ce, distance), expected = compute(arrays)
     np.testing.assert_allclose(loss.cross_entropy, ce, rtol=rtol)
-    np.testing.assert_allclose(loss.uld, distance, rtol=rtol)
+    np.testing.assert_allclose(loss.distance, distance, rtol=rtol)
     np.testing.assert_allclose(loss.total, ce + distance, rtol=rtol)
     for name, gradient in actual.items():
         assert gradient.dtype == arrays[name].dtype
@@ -177,7 +183,7 @@ def test_only_the_total_has_a_gradient_and_only_in_the_student():
     def part(arrays, weights, name):
         return getattr(fused_uld_cross_entropy(**arrays, targets=targets, **weights), name)
 
-    for name in ("total", "cross_entropy", "uld"):
+    for name in ("total", "cross_entropy", "distance"):
         gradient = jax.jit(jax.grad(partial(part, name=name), argnums=(0, 1)))
         grads, weight_grads = gradient(arrays, weights)
         nonzero = {k for k, v in {**grads, **weight_grads}.items() if (v != 0).any()}
@@ -225,7 +231,8 @@ def test_a_batch_sharded_over_devices_stays_sharded():
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_shard_map_agrees_with_one_device():
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_agrees_with_one_device(check_vma):
     arrays, weights = inputs((8, 3), 6, 7, seed=9)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
     specs = {k: PartitionSpec() if "head" in k else PartitionSpec("batch") for k in arrays}
@@ -238,7 +245,7 @@ def test_shard_map_agrees_with_one_device():
         mesh=mesh,
         in_specs=(specs, PartitionSpec("batch")),
         out_specs=PartitionSpec(),
-        check_vma=False,
+        check_vma=check_vma,
     )
     def mapped_total(arrays, weights):
         return jax.lax.psum(total(arrays, weights), "batch")
@@ -280,7 +287,56 @@ def test_no_array_spans_positions_and_vocabulary():
     total, arrays, weights = total_of_shapes(count, vocab)
     jaxpr = jax.make_jaxpr(jax.grad(total, allow_int=True))(arrays, weights).jaxpr
     largest = max(np.prod(shape) for shape in computed_shapes(jaxpr))
-    assert largest == 8 * vocab
+    assert largest == 2 * 8 * vocab  # keys and indices of a chunk, side by side
+
+
+def fused_divergence(arrays, weights, **options):
+    weights = {"ce_weights": weights["ce_weights"], "divergence_weights": weights["uld_weights"]}
+    return fused_divergence_cross_entropy(**arrays, **weights, **options).total
+
+
+def fused_uld_to_signal(arrays, weights, *, teacher_tail_mass, **options):
+    signal = {
+        "teacher_hidden": None,
+        "teacher_head": None,
+        "teacher_probs_sorted": arrays["teacher_hidden"],
+        "teacher_tail_mass": teacher_tail_mass,
+    }
+    return fused_uld_cross_entropy(**{**arrays, **weights, **signal}, **options).total
+
+
+LARGE = [
+    partial(lambda a, w, **kw: fused_uld_cross_entropy(**a, **w, **kw).total, method="level_set"),
+    partial(fused_uld_to_signal, method="level_set", teacher_tail_mass=None),
+    partial(fused_uld_to_signal, method="level_set", teacher_tail_mass=jnp.zeros(64)),
+    *(partial(fused_divergence, divergence=name) for name in DIVERGENCES),
+]
+
+
+@pytest.mark.parametrize(
+    "total", LARGE, ids=["level_set", "sorted signal", "truncated signal", *DIVERGENCES]
+)
+def test_no_option_brings_positions_and_vocabulary_together(total):
+    """Lowered, not run. On a TPU level_set multiplies one-hot matrices that are never stored."""
+    count, vocab = 64, 100_000
+
+    def shape_of(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arrays = {
+        "student_hidden": shape_of(count, D),
+        "student_head": shape_of(vocab, D),
+        "teacher_hidden": shape_of(count, E),
+        "teacher_head": shape_of(vocab, E),
+        "targets": shape_of(count, dtype=jnp.int32),
+    }
+    weights = dict.fromkeys(("ce_weights", "uld_weights"), shape_of(count))
+    gradient = jax.jit(jax.grad(partial(total, chunk_size=8), allow_int=True))
+    lowered = gradient.trace(arrays, weights).lower(lowering_platforms=("cpu", "cuda"))
+    shapes = re.findall(r"tensor<((?:\d+x)+)", lowered.as_text())
+    sizes = {np.prod([int(n) for n in shape.split("x")[:-1]]) for shape in shapes}
+    assert 8 * vocab in sizes
+    assert max(sizes) <= 2 * 8 * vocab
 
 
 def test_no_gradient_is_computed_unless_asked_for():

@@ -1,24 +1,25 @@
-"""Cross-entropy and ULD from hidden states, a chunk of positions at a time.
+"""Cross-entropy and a distance to the teacher from hidden states, a chunk of positions at a time.
 
-Logits are never held for more than one chunk. The forward pass of a differentiated call computes
-the gradients too, chunk by chunk, so that the backward pass has nothing to recompute: it multiplies
-them by the cotangent.
+What `chunked_head_loss` sums is defined here: CE + λ·ULD, or CE + λ·(a divergence of logits), from
+the teacher's hidden states and head or from its sorted probabilities.
 """
 
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from uld_jax.losses.uld import check_method, sorted_probabilities, uld_to_sorted
+from uld_jax.losses.chunked import Chunks, chunked_head_loss, product
+from uld_jax.losses.cross_entropy import cross_entropy
+from uld_jax.losses.divergences import DIVERGENCES, check_divergence
+from uld_jax.losses.truncated import truncated_uld
+from uld_jax.losses.uld import check_method, distance, resolve_method, uld_to_sorted
 
-__all__ = ["FusedLoss", "fused_uld_cross_entropy"]
+__all__ = ["FusedLoss", "fused_divergence_cross_entropy", "fused_uld_cross_entropy"]
 
 
 @jax.tree_util.register_dataclass
@@ -27,66 +28,85 @@ class FusedLoss:
     """Weighted sums over all positions, each a scalar.
 
     Attributes:
-        total: cross_entropy + uld; the only differentiable field.
+        total: cross_entropy + distance; the only differentiable field.
         cross_entropy: Σ ce_weights · CE, for the log: no gradient.
-        uld: Σ uld_weights · ULD, for the log: no gradient.
+        distance: Σ weights · ULD, or the divergence, for the log: no gradient.
     """
 
     total: jax.Array
     cross_entropy: jax.Array
-    uld: jax.Array
+    distance: jax.Array
 
 
 def fused_uld_cross_entropy(
     student_hidden: jax.Array,
     student_head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
     targets: jax.Array,
     *,
     ce_weights: jax.Array,
     uld_weights: jax.Array,
-    student_temperature: float | jax.Array = 1.0,
-    teacher_temperature: float | jax.Array = 1.0,
+    teacher_probs_sorted: jax.Array | None = None,
+    teacher_tail_mass: jax.Array | None = None,
+    student_temperature: ArrayLike = 1.0,
+    teacher_temperature: ArrayLike = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
     method: str = "auto",
     chunk_size: int = 32,
     compute_dtype: DTypeLike | None = None,
+    student_vocab: int | None = None,
+    teacher_vocab: int | None = None,
+    axis_name: str | None = None,
 ) -> FusedLoss:
     """Weighted sums of CE and ULD, with neither [*b, N, V] nor [*b, N, U] ever in memory.
 
     logits = cap(hidden · headᵀ), cap(x) = softcap · tanh(x / softcap);
     total = Σ_n ce_weights_n · CE(student_n, targets_n) + uld_weights_n · d(student_n, teacher_n).
 
-    The weights carry λ and the normalisers. Only `total` is differentiable, and only with respect
-    to `student_hidden` and `student_head`. Extra memory: O(|b| · chunk_size · (V + U)) and, where
-    differentiated, the head's gradient in f32; it does not grow with N. The axes *b stay whole
-    inside a chunk, so a batch axis sharded over devices stays sharded. jax.shard_map needs
-    check_vma=False around it.
+    The weights carry λ and the normalisers. The teacher is either its hidden states and head, or
+    its sorted probabilities (`teacher_hidden` and `teacher_head` None). Only `total` is
+    differentiable, and only with respect to `student_hidden` and `student_head`; with tied
+    embeddings autodiff adds the latter to the embedding's. Extra memory: O(|b| · chunk_size ·
+    (V + U)) and, where differentiated, the head's gradient in f32; it does not grow with N. The
+    axes *b stay whole inside a chunk, so a batch axis sharded over devices stays sharded.
 
     Args:
         student_hidden: [*b, N, D], the student's last hidden states.
         student_head: [V, D], the student's output embedding.
-        teacher_hidden: [*b, N, E], aligned with the student's, position by position.
-        teacher_head: [U, E].
+        teacher_hidden: [*b, N, E], aligned with the student's, position by position, or None.
+        teacher_head: [U, E], or None.
         targets: i32[*b, N], token ids in [0, V); any value where `ce_weights` is 0.
         ce_weights: f32[*b, N]; 0 leaves a position out.
         uld_weights: f32[*b, N]; 0 leaves a position out.
+        teacher_probs_sorted: [*b, N, K], the teacher's (largest) probabilities, descending.
+        teacher_tail_mass: [*b, N], the sum of its other probabilities: the distance is then the
+            value of `truncated_uld`. None where there are no others.
         student_temperature: divisor of the student's logits in the distance (not in the CE).
         teacher_temperature: divisor of the teacher's logits.
         student_softcap: bound of the student's logits; None for no bound.
         teacher_softcap: bound of the teacher's logits; None for no bound.
+        label_smoothing: of the CE, see `cross_entropy`.
+        z_loss: of the CE, see `cross_entropy`.
         method: how to compute the distance, see `uld`.
         chunk_size: positions of the N axis that are computed at a time.
         compute_dtype: type of the factors of the matrix products, which accumulate in f32 or wider;
             None takes what hidden states and head promote to.
+        student_vocab: rows of the whole student head that are tokens; the rest is padding. None
+            for all of them.
+        teacher_vocab: likewise for the teacher.
+        axis_name: the axis of an enclosing `jax.shard_map` (check_vma=True) over which the rows of
+            both heads are sharded; see `sharded_uld_cross_entropy`.
 
     Returns:
         The total and its two parts.
 
     Raises:
-        ValueError: for an unknown method, shapes that do not match, or a chunk_size below 1.
+        ValueError: for an unknown method, shapes that do not match, a chunk_size below 1, or a
+            teacher that is neither or both.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,177 +115,247 @@ def fused_uld_cross_entropy(
         >>> loss = fused_uld_cross_entropy(
         ...     hidden, jnp.zeros((4, 2)), hidden, jnp.zeros((8, 2)), jnp.array([0, 1, 2]),
         ...     ce_weights=ones / 3, uld_weights=1.5 * ones / 3)
-        >>> round(float(loss.cross_entropy), 4), float(loss.uld), round(float(loss.total), 4)
+        >>> round(float(loss.cross_entropy), 4), float(loss.distance), round(float(loss.total), 4)
         (1.3863, 1.5, 2.8863)
     """
     check_method(method)
-    leading = targets.shape
-    _check_shape("student_hidden", student_hidden, (*leading, student_head.shape[-1]))
-    _check_shape("teacher_hidden", teacher_hidden, (*leading, teacher_head.shape[-1]))
-    _check_shape("ce_weights", ce_weights, leading)
-    _check_shape("uld_weights", uld_weights, leading)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-
-    static = _Static(
-        chunk_size=max(1, min(chunk_size, leading[-1])),
-        student=_Head(student_softcap, _dtype(compute_dtype, student_hidden, student_head)),
-        teacher=_Head(teacher_softcap, _dtype(compute_dtype, teacher_hidden, teacher_head)),
+    student = _Head(student_softcap, student_vocab, axis_name)
+    if teacher_hidden is not None and teacher_head is not None and teacher_probs_sorted is None:
+        if teacher_tail_mass is not None:
+            raise ValueError("teacher_tail_mass: expected None without teacher_probs_sorted")
+        _check_shape("teacher_hidden", teacher_hidden, (*targets.shape, teacher_head.shape[-1]))
+        dtype = _dtype(compute_dtype, teacher_hidden, teacher_head)
+        compare = _UldToHead(_Head(teacher_softcap, teacher_vocab, axis_name), dtype, method)
+        teacher = teacher_hidden
+        constants = (teacher_head, student_temperature, teacher_temperature)
+    elif teacher_probs_sorted is not None and teacher_hidden is None and teacher_head is None:
+        if axis_name is not None:
+            raise ValueError("axis_name: expected None for teacher_probs_sorted, which are whole")
+        _check_shape("teacher_probs_sorted", teacher_probs_sorted[..., 0], targets.shape)
+        if teacher_tail_mass is not None:
+            _check_shape("teacher_tail_mass", teacher_tail_mass, targets.shape)
+        compare, constants = _UldToSorted(method), student_temperature
+        teacher = (teacher_probs_sorted, teacher_tail_mass)
+    else:
+        raise ValueError(
+            "teacher: expected teacher_hidden and teacher_head, or else teacher_probs_sorted"
+        )
+    _check_shape("uld_weights", uld_weights, targets.shape)
+    return _fused(
+        _Objective(student, compare),
+        (student_hidden, student_head),
+        (targets, ce_weights, uld_weights, teacher),
+        (label_smoothing, z_loss, constants),
+        chunk_size,
+        compute_dtype,
     )
-    positions = _Positions(
-        teacher_hidden, jnp.where(ce_weights != 0, targets, 0), ce_weights, uld_weights
+
+
+def fused_divergence_cross_entropy(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    targets: jax.Array,
+    *,
+    ce_weights: jax.Array,
+    divergence_weights: jax.Array,
+    divergence: str = "kl",
+    divergence_options: Mapping[str, ArrayLike] | None = None,
+    student_temperature: ArrayLike = 1.0,
+    teacher_temperature: ArrayLike = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    chunk_size: int = 32,
+    compute_dtype: DTypeLike | None = None,
+    student_vocab: int | None = None,
+    teacher_vocab: int | None = None,
+) -> FusedLoss:
+    """The same for a teacher with the student's tokenizer: CE and a divergence of the logits.
+
+    total = Σ_n ce_weights_n · CE(student_n, targets_n) + weights_n · divergence_n.
+
+    Args:
+        student_hidden: [*b, N, D].
+        student_head: [V, D].
+        teacher_hidden: [*b, N, E].
+        teacher_head: [U, E]; equal ids must be equal tokens.
+        targets: i32[*b, N], token ids in [0, V).
+        ce_weights: f32[*b, N]; 0 leaves a position out.
+        divergence_weights: f32[*b, N]; 0 leaves a position out.
+        divergence: a key of `DIVERGENCES`.
+        divergence_options: its further arguments, e.g. {"beta": 0.3} of the JSD.
+        student_temperature: divisor of the student's logits in the divergence.
+        teacher_temperature: divisor of the teacher's logits.
+        student_softcap: bound of the student's logits; None for no bound.
+        teacher_softcap: bound of the teacher's logits; None for no bound.
+        label_smoothing: of the CE, see `cross_entropy`.
+        z_loss: of the CE, see `cross_entropy`.
+        chunk_size: positions of the N axis that are computed at a time.
+        compute_dtype: see `fused_uld_cross_entropy`.
+        student_vocab: rows of the student head that are tokens; None for all of them.
+        teacher_vocab: likewise for the teacher.
+
+    Returns:
+        The total and its two parts.
+
+    Raises:
+        ValueError: for an unknown divergence or option, shapes that do not match, or a chunk_size
+            below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from uld_jax.losses import fused_divergence_cross_entropy
+        >>> hidden, head, ones = jnp.ones((3, 2)), jnp.eye(4, 2), jnp.ones(3)
+        >>> loss = fused_divergence_cross_entropy(
+        ...     hidden, head, hidden, 0 * head, jnp.array([0, 1, 2]),
+        ...     ce_weights=ones / 3, divergence_weights=ones / 3, divergence="kl")
+        >>> round(float(loss.distance), 4)
+        0.1201
+    """
+    check_divergence(divergence, divergence_options)
+    _check_shape("teacher_hidden", teacher_hidden, (*targets.shape, teacher_head.shape[-1]))
+    _check_shape("divergence_weights", divergence_weights, targets.shape)
+    dtype = _dtype(compute_dtype, teacher_hidden, teacher_head)
+    compare = _Divergence(_Head(teacher_softcap, teacher_vocab), dtype, divergence)
+    temperatures = {
+        "student_temperature": student_temperature,
+        "teacher_temperature": teacher_temperature,
+    }
+    return _fused(
+        _Objective(_Head(student_softcap, student_vocab), compare),
+        (student_hidden, student_head),
+        (targets, ce_weights, divergence_weights, teacher_hidden),
+        (label_smoothing, z_loss, (teacher_head, {**temperatures, **(divergence_options or {})})),
+        chunk_size,
+        compute_dtype,
     )
-    frozen = (positions, teacher_head, student_temperature, teacher_temperature)
-    total, cross_entropy, uld = _compiled(static, student_hidden, student_head, frozen)
-    return FusedLoss(total, lax.stop_gradient(cross_entropy), lax.stop_gradient(uld))
 
 
-class _Head(NamedTuple):
-    """How logits are made of hidden states."""
+@dataclass(frozen=True)
+class _Head:
+    """How products with a head become logits."""
 
     softcap: float | None
-    compute_dtype: jnp.dtype
+    vocab: int | None
+    axis_name: str | None = None
+
+    def finish(self, logits_CV: jax.Array) -> jax.Array:
+        width = logits_CV.shape[-1]
+        shards = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        if self.vocab is not None and not 1 <= self.vocab <= shards * width:
+            raise ValueError(f"vocab: expected 1 to {shards * width}, got {self.vocab}")
+        if self.softcap is not None:
+            logits_CV = self.softcap * jnp.tanh(logits_CV / self.softcap)
+        if self.vocab is None:
+            return logits_CV
+        first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * width
+        ids = first + lax.broadcasted_iota(jnp.int32, logits_CV.shape, logits_CV.ndim - 1)
+        return jnp.where(ids < self.vocab, logits_CV, -jnp.inf)
+
+    def logits(self, hidden: jax.Array, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.finish(product(hidden.astype(dtype), head.astype(dtype).T))
 
 
-class _Static(NamedTuple):
-    chunk_size: int
-    student: _Head
+@dataclass(frozen=True)
+class _UldToHead:
     teacher: _Head
+    dtype: jnp.dtype
+    method: str
+
+    def __call__(self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple) -> jax.Array:
+        head_UE, student_temp, teacher_temp = constants
+        teacher_CU = self.teacher.logits(hidden_C, head_UE, self.dtype)
+        axis_name = self.teacher.axis_name
+        shards = 1 if axis_name is None else lax.axis_size(axis_name)
+        widths = (shards * x.shape[-1] for x in (logits_CV, teacher_CU))
+        method = resolve_method(self.method, *widths)
+        return distance(logits_CV / student_temp, teacher_CU / teacher_temp, method, axis_name)
 
 
-class _Positions(NamedTuple):
-    """What varies along N besides the student's hidden states."""
+@dataclass(frozen=True)
+class _UldToSorted:
+    method: str
 
-    teacher_hidden: jax.Array
-    targets: jax.Array
-    ce_weights: jax.Array
-    uld_weights: jax.Array
-
-
-_Frozen = tuple[_Positions, jax.Array, float | jax.Array, float | jax.Array]
-_Losses = tuple[jax.Array, jax.Array, jax.Array]
-_Grads = tuple[jax.Array, jax.Array]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(static: _Static, hidden: jax.Array, head: jax.Array, frozen: _Frozen) -> _Losses:
-    losses, _ = _scan_chunks(static, hidden, head, frozen, differentiate=False)
-    return losses
+    def __call__(
+        self,
+        logits_CV: jax.Array,
+        signal_C: tuple[jax.Array, jax.Array | None],
+        student_temp: ArrayLike,
+    ) -> jax.Array:
+        probs_CK, tail_C = signal_C
+        options = {"student_temperature": student_temp, "method": self.method}
+        if tail_C is None:
+            return uld_to_sorted(logits_CV, probs_CK, **options)
+        return truncated_uld(logits_CV, probs_CK, tail_C, **options)[0]
 
 
-def _fused_fwd(
-    static: _Static, hidden: jax.Array, head: jax.Array, frozen: _Frozen
-) -> tuple[_Losses, _Grads]:
-    losses, (hidden_grads, head_grad) = _scan_chunks(
-        static, hidden, head, frozen, differentiate=True
-    )
-    axis = frozen[0].targets.ndim - 1
-    return losses, (_unchunk(hidden_grads, axis, hidden.shape[axis]), head_grad.astype(head.dtype))
+@dataclass(frozen=True)
+class _Divergence:
+    teacher: _Head
+    dtype: jnp.dtype
+    name: str
+
+    def __call__(self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple) -> jax.Array:
+        head_UE, options = constants
+        teacher_CU = self.teacher.logits(hidden_C, head_UE, self.dtype)
+        return DIVERGENCES[self.name](logits_CV, teacher_CU, **options)
 
 
-def _fused_bwd(
-    static: _Static, grads: _Grads, cotangents: _Losses
-) -> tuple[jax.Array, jax.Array, None]:
-    hidden_grad, head_grad = ((cotangents[0] * g).astype(g.dtype) for g in grads)
-    return hidden_grad, head_grad, None
+@dataclass(frozen=True)
+class _Objective:
+    """[Σ ce_weights · CE, Σ weights · distance] of a chunk."""
+
+    student: _Head
+    compare: Callable[[jax.Array, Any, Any], jax.Array]
+
+    def __call__(self, logits_CV: jax.Array, positions: tuple, constants: tuple) -> jax.Array:
+        targets_C, ce_weights_C, weights_C, teacher_C = positions
+        label_smoothing, z_loss, of_teacher = constants
+        logits_CV = self.student.finish(logits_CV)
+        ce_C = cross_entropy(
+            logits_CV,
+            targets_C,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            axis_name=self.student.axis_name,
+        )
+        distance_C = self.compare(logits_CV, teacher_C, of_teacher)
+        # A position left out may hold anything: 0 · inf would bring it back.
+        sums = (
+            jnp.where(weight_C != 0, weight_C * loss_C, 0).sum()
+            for weight_C, loss_C in ((ce_weights_C, ce_C), (weights_C, distance_C))
+        )
+        return jnp.stack([*sums]).astype(logits_CV.dtype)
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
-_compiled = jax.jit(_fused, static_argnums=0)
-
-
-def _scan_chunks(
-    static: _Static, hidden: jax.Array, head: jax.Array, frozen: _Frozen, *, differentiate: bool
-) -> tuple[_Losses, tuple]:
-    """The losses and, if asked for, the gradients of the total: by chunk [n, *b, C, D], and [V, D].
-
-    The product with the head is differentiated by hand, because the head's gradient is a sum over
-    chunks that must be kept in f32 whatever the type of the factors.
-    """
-    positions, teacher_head, student_temp, teacher_temp = frozen
-    head_VD = head.astype(static.student.compute_dtype)
-    head_UE = teacher_head.astype(static.teacher.compute_dtype)
-    losses = partial(_weighted_sums, softcap=static.student.softcap, temperature=student_temp)
-
-    def step(carry: tuple, chunk: tuple[jax.Array, _Positions]) -> tuple[tuple, jax.Array | None]:
-        sums, head_grad = carry
-        hidden_CD, here = chunk[0].astype(head_VD.dtype), chunk[1]
-        teacher_CU = _product(here.teacher_hidden.astype(head_UE.dtype), head_UE.T)
-        probs_CU = sorted_probabilities(_capped(teacher_CU, static.teacher.softcap), teacher_temp)
-        logits_CV = _product(hidden_CD, head_VD.T)
-        if not differentiate:
-            return (sums + losses(logits_CV, probs_CU, here)[1], None), None
-        grad_CV, parts = jax.grad(losses, has_aux=True)(logits_CV, probs_CU, here)
-        grad_CV = grad_CV.astype(head_VD.dtype)
-        over = tuple(range(grad_CV.ndim - 1))
-        head_grad += _product(grad_CV, hidden_CD, (over, over))
-        return (sums + parts, head_grad), _product(grad_CV, head_VD).astype(hidden.dtype)
-
-    dtype = _accumulator(head_VD.dtype)
-    start = jnp.zeros(2, dtype), jnp.zeros(head.shape, dtype) if differentiate else None
-    chunks = _chunk((hidden, positions), positions.targets.ndim - 1, static.chunk_size)
-    (sums, head_grad), hidden_grads = lax.scan(step, start, chunks)
-    return (sums.sum(), sums[0], sums[1]), (hidden_grads, head_grad)
-
-
-def _weighted_sums(
-    logits_CV: jax.Array,
-    probs_sorted_CU: jax.Array,
-    positions: _Positions,
-    *,
-    softcap: float | None,
-    temperature: float | jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The total of one chunk, and [cross-entropy, distance]; the logits are not yet capped."""
-    logits_CV = _capped(logits_CV, softcap)
-    ce_C = optax.softmax_cross_entropy_with_integer_labels(logits_CV, positions.targets)
-    uld_C = uld_to_sorted(logits_CV, probs_sorted_CU, student_temperature=temperature)
-    ce_sum, uld_sum = (positions.ce_weights * ce_C).sum(), (positions.uld_weights * uld_C).sum()
-    parts = jnp.stack([ce_sum, uld_sum]).astype(logits_CV.dtype)
-    return parts.sum(), parts
-
-
-def _product(
-    left: jax.Array,
-    right: jax.Array,
-    contract: tuple[tuple[int, ...], tuple[int, ...]] = ((-1,), (0,)),
-) -> jax.Array:
-    dtype = _accumulator(jnp.result_type(left, right))
-    return jnp.tensordot(left, right, contract, preferred_element_type=dtype)
-
-
-def _accumulator(dtype: DTypeLike) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _chunk(tree: tuple, axis: int, size: int) -> tuple:
-    """[*b, N, …] -> [n, *b, size, …] with n = ⌈N / size⌉; the padding is zero, its weights too."""
-
-    def split(x: jax.Array) -> jax.Array:
-        count = math.ceil(x.shape[axis] / size)
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, count * size - x.shape[axis])
-        shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
-
-    return jax.tree.map(split, tree)
-
-
-def _unchunk(chunks: jax.Array, axis: int, length: int) -> jax.Array:
-    """The inverse of `_chunk`: [n, *b, C, D] -> [*b, N, D]."""
-    x = jnp.moveaxis(chunks, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, x.shape[-1])
-    return lax.slice_in_dim(x, 0, length, axis=axis)
-
-
-def _dtype(requested: DTypeLike | None, hidden: jax.Array, head: jax.Array) -> jnp.dtype:
-    return jnp.dtype(jnp.result_type(hidden, head) if requested is None else requested)
+def _fused(
+    objective: _Objective,
+    student: tuple[jax.Array, jax.Array],
+    positions: tuple,
+    constants: tuple,
+    chunk_size: int,
+    compute_dtype: DTypeLike | None,
+) -> FusedLoss:
+    hidden, head = student
+    targets, ce_weights, *others = positions
+    _check_shape("student_hidden", hidden, (*targets.shape, head.shape[-1]))
+    _check_shape("ce_weights", ce_weights, targets.shape)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    size = max(1, min(chunk_size, targets.shape[-1]))
+    chunks = Chunks(objective, size, _dtype(compute_dtype, hidden, head))
+    positions = (jnp.where(ce_weights != 0, targets, 0), ce_weights, *others)
+    total, parts = chunked_head_loss(chunks, hidden, head, positions, constants)
+    return FusedLoss(total, *lax.stop_gradient(parts))
 
 
 def _check_shape(name: str, array: jax.Array, expected: tuple[int, ...]) -> None:
     if array.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {array.shape}")
+
+
+def _dtype(requested: DTypeLike | None, hidden: jax.Array, head: jax.Array) -> jnp.dtype:
+    return jnp.dtype(jnp.result_type(hidden, head) if requested is None else requested)
