@@ -26,7 +26,7 @@ def _positive(default: float) -> Any:
     return _field(default, "a finite number > 0", lambda value: 0 < value < math.inf)
 
 
-def _decay(default: float) -> Any:
+def _share(default: float) -> Any:
     return _field(default, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
 
 
@@ -117,7 +117,9 @@ class LossConfig:
         convention: which positions and which mean: token_mean | official (the released code).
         skip_student_eos: leave the student's last answer position out of ULD.
         skip_teacher_eos: leave the teacher's last answer position out of ULD.
-        method: of ULD: auto (the best one on this backend) | sort (exact).
+        method: of ULD: auto (the faster one for the size) | sort (exact) | level_set (counts).
+        label_smoothing: of the cross-entropy.
+        z_loss: weight of the squared log-normaliser that is added to the cross-entropy.
         chunk_size: answer positions whose logits exist at a time.
     """
 
@@ -128,7 +130,9 @@ class LossConfig:
     convention: str = _choice("token_mean", "official")
     skip_student_eos: bool = True
     skip_teacher_eos: bool = False
-    method: str = _choice("auto", "sort")
+    method: str = _choice("auto", "sort", "level_set")
+    label_smoothing: float = _share(0.0)
+    z_loss: float = _at_least(0, 0.0)
     chunk_size: int = _at_least(1, 32)
 
 
@@ -160,8 +164,8 @@ class OptimizerConfig:
     div_factor: float = _at_least(1, 2.0)
     final_div_factor: float = _at_least(1, 5.0)
     weight_decay: float = _at_least(0, 0.1)
-    b1: float = _decay(0.9)
-    b2: float = _decay(0.999)
+    b1: float = _share(0.9)
+    b2: float = _share(0.999)
     eps: float = _positive(1e-8)
     clip_norm: float = _at_least(0, 1.0)
 

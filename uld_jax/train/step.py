@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 
 from uld_jax.config import LossConfig
-from uld_jax.losses import fused_uld_cross_entropy
+from uld_jax.losses import fused_uld_cross_entropy, sharded_uld_cross_entropy
 from uld_jax.models import Decoder
-from uld_jax.sharding import constrain
+from uld_jax.sharding import BATCH_AXES, constrain
 from uld_jax.train.state import TrainState
 from uld_jax.types import Batch
 
@@ -93,7 +93,11 @@ def _micro_loss(
     s, t = nnx.merge(student, params), nnx.merge(teacher, teacher_params)
     student_BTD = s.hidden(b.student_tokens, segment_ids=b.student_segment_ids)
     teacher_BSE = t.hidden(b.teacher_tokens, segment_ids=b.teacher_segment_ids)
-    out = fused_uld_cross_entropy(
+    mesh = jax.sharding.get_abstract_mesh()
+    fused = fused_uld_cross_entropy
+    if not mesh.empty:
+        fused = functools.partial(sharded_uld_cross_entropy, mesh=mesh, batch_axes=BATCH_AXES)
+    out = fused(
         take_positions(student_BTD, b.student_index),
         s.head_VD,
         take_positions(teacher_BSE, b.teacher_index),
@@ -105,11 +109,13 @@ def _micro_loss(
         teacher_temperature=config.teacher_temperature,
         student_softcap=s.config.logit_softcap or None,
         teacher_softcap=t.config.logit_softcap or None,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
         method=config.method,
         chunk_size=config.chunk_size,
         compute_dtype=student_BTD.dtype,
     )
-    return out.total, (out.cross_entropy, out.uld)
+    return out.total, (out.cross_entropy, out.distance)
 
 
 def take_positions(hidden_BTD: jax.Array, index_GN: jax.Array) -> jax.Array:
