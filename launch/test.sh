@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the test extra and runs everything a change must pass: formatting, lint, types, layers,
-# tests and the documentation's examples.
+# Installs the extras test, plan and ot and runs everything a change must pass: formatting, lint,
+# types, layers, tests and the documentation's examples.
 #
 #   bash launch/test.sh            the suite (under 20 minutes on 2 cores)
 #   bash launch/test.sh --slow     with the tests marked slow
@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-install -e '.[test]'
+install -e '.[test,plan,ot]'
 bash launch/fetch_models.sh || echo "without the two models, the tests that need them are skipped"
 
 marker="not slow"

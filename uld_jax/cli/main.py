@@ -12,6 +12,7 @@ from absl import flags
 from absl.flags import argparse_flags
 
 import uld_jax
+from uld_jax.cli import bench
 from uld_jax.errors import UserError
 
 COMMANDS = {
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")
         if name == "evaluate":
             command.add_argument("--output", metavar="FILE.json", help="scores and answers")
+    bench.add_parser(commands)
     commands.add_parser("fields", help="list every config field with its default")
     return parser
 
@@ -115,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
             # What orbax and TFDS log as an error they also raise. --verbosity=0 shows it all.
             absl.logging.set_verbosity(absl.logging.FATAL)
         args = build_parser().parse_args(rest)
-        args.overrides = overrides
+        args.overrides, args.argv = overrides, list(argv)
         # Imported late: `--help` should not wait for JAX.
         importlib.import_module(f"uld_jax.cli.{args.command}").run(args)
     except UserError as error:

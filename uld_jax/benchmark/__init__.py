@@ -1,0 +1,1 @@
+"""Measurements on this machine: how fast, how large and how exact the losses are."""
