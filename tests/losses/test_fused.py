@@ -176,6 +176,20 @@ def test_weight_zero_leaves_a_position_out_whatever_its_target():
     assert (grads["student_hidden"][0, :4] != 0).all()
 
 
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize("method", ["sort", "level_set"])
+def test_no_positions_give_no_loss(leading, method):
+    arrays, weights = inputs(leading, 6, 7)
+
+    def total(**arrays):
+        return fused_uld_cross_entropy(**arrays, **weights, method=method).total
+
+    assert total(**arrays) == 0
+    grads = grads_of(total, arrays)
+    np.testing.assert_array_equal(grads["student_head"], np.zeros((6, D)))
+    assert grads["student_hidden"].shape == (*leading, D)
+
+
 def test_only_the_total_has_a_gradient_and_only_in_the_student():
     arrays, weights = inputs((5,), 6, 7, seed=7)
     targets = arrays.pop("targets")
@@ -367,6 +381,8 @@ def test_temporary_memory_does_not_grow_with_the_number_of_positions():
         ({"student_hidden": jnp.zeros((5, D + 1))}, r"student_hidden: .* got \(5, 6\)"),
         ({"ce_weights": jnp.zeros(4)}, r"ce_weights: expected shape \(5,\), got \(4,\)"),
         ({"uld_weights": jnp.zeros((5, 1))}, "uld_weights: expected shape"),
+        ({"student_vocab": 7}, "vocab: expected 1 to 6, got 7"),
+        ({"teacher_vocab": 0}, "vocab: expected 1 to 7, got 0"),
         ({"chunk_size": 0}, "chunk_size: expected at least 1, got 0"),
         ({"method": "quick"}, r"'quick'.*'auto', 'sort'"),
     ],

@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 from uld_jax import models
 from uld_jax.losses import level_set_uld, uld
 from uld_jax.losses.level_set import (
-    _buckets,
+    _Buckets,
     _histogram,
     _look_up,
     _matmul_histogram,
@@ -241,7 +241,7 @@ def test_gradient_equals_finite_differences(student_width, teacher_width):
         assert (value.dtype, bound.dtype) == (jnp.float64, jnp.float64)
         assert (bound < 1e-3).all()
         distance = jax.jit(lambda s: level_set_uld(s, teacher)[0])
-        check_grads(distance, (student,), order=1, modes=["rev"], eps=1e-6)
+        check_grads(distance, (student,), order=1, modes=["rev"], eps=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_temperatures_divide_the_logits():
 def test_probabilities_may_be_any_part_of_a_distribution():
     # A truncated teacher: its probabilities sum to less than 1.
     student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-    value, bound = level_set_distance(student, jnp.array([0.1, 0.6]))
+    value, bound = level_set_distance(student, jnp.array([0.1, 0.6]), of_logits=False)
     np.testing.assert_allclose(value, 0.1 + 0.2 + 0.2, atol=float(bound))
 
 
@@ -323,7 +323,7 @@ def test_the_matrix_units_formulation_is_the_same_to_the_bit(bits, vocab):
     logits = np.stack([normal(rng, vocab, 2), normal(rng, vocab, 40), np.zeros(vocab)])
     logits[2, vocab // 2] = -np.inf
     probs = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
-    buckets = _buckets(bits, None)
+    buckets = _Buckets(bits)
     signs = jnp.asarray(rng.integers(-1, 2, buckets.count), jnp.float32)
     by_matmul = jax.jit(partial(_matmul_histogram, buckets))
     look_up = jax.jit(partial(_matmul_look_up, buckets))
@@ -348,7 +348,7 @@ def test_probabilities_below_the_lowest_edge_cost_next_to_nothing(bits):
     teacher = jnp.log(jnp.array([0.75, 0.25]))
     value, bound = level_set_uld(student, teacher, bucket_bits=bits)
     assert abs(value - exact_distance(student, teacher)) <= bound
-    assert bound <= rounding(3000, 2) + 1e-11
+    assert bound <= rounding(3000, 2) + 1e-8
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ def cross_entropy(
     Args:
         logits: [*b, V], or this device's shard of it; bf16, f16 and f32 are computed in f32.
         targets: i32[*b], token ids in the whole vocabulary.
-        label_smoothing: ε, in [0, 1).
-        z_loss: z, the weight of Z².
+        label_smoothing: ε, in [0, 1). No gradient flows to it.
+        z_loss: z, the weight of Z². No gradient flows to it.
         axis_name: the mapped axis that the vocabulary is sharded over, or None.
 
     Returns:

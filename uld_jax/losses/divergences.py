@@ -317,7 +317,7 @@ def check_divergence(name: str, options: Mapping[str, ArrayLike] | None = None) 
     known = inspect.signature(DIVERGENCES[name]).parameters.keys() & {"alpha", "beta"}
     for option, value in (options or {}).items():
         if option not in known:
-            expected = ", ".join(map(repr, known)) or "none"
+            expected = ", ".join(map(repr, sorted(known))) or "none"
             raise ValueError(f"option of {name!r}: unknown {option!r}; expected {expected}")
         _check_share(option, value)
 

@@ -4,17 +4,14 @@ With N_q(t) = #{v : q_v > t}, and N_p likewise, the distance is the area between
 functions, d = ∫ |N_q(t) − N_p(t)| dt, and ∂d/∂q_v is the sign of D = N_q − N_p at t = q_v.
 
 The axis of t is cut into buckets by the leading bits of a probability's bit pattern: `2**bits` of
-them an octave, and one for all that lies under 2⁻⁴⁰. Counts by bucket give D at every edge. One
-sign σ is chosen for a bucket, and the value is
+them an octave, and one for all under 2⁻⁴⁰. Every bucket i of width w_i counts its members and
+adds up their places in it, a_i = Σ (q − lower edge) / w_i, from the bits that follow. Then
 
-    Σ_i σ_i ∫_i D dt = Σ_v σ(q_v) q_v − Σ_u σ(p_u) p_u + Σ_i e_i D_i (σ_{i−1} − σ_i)
+    ∫_i D dt = w_i · (D at the upper edge + a_i of the student − a_i of the teacher),
 
-with e_i the lower edge of bucket i and D_i the value of D there. That is exact wherever D keeps its
-sign inside the bucket, whatever lies in it, and never more than d; what it can be short of d
-follows from the counts. Counts over shards of a vocabulary just add up.
-
-Where probabilities are large, few can share a bucket, so the same 32-bit word that counts them has
-room for the sum of their places in the bucket; σ is then the sign of the integral itself.
+and the value is the sum of the sizes of these integrals. That is exact wherever D keeps its sign
+inside the bucket, whatever lies in it, and less than d elsewhere; by how much at most follows from
+the counts. Counts and places over shards of a vocabulary just add up.
 """
 
 from dataclasses import dataclass
@@ -40,8 +37,8 @@ __all__ = ["BUCKET_BITS", "level_set_distance", "level_set_uld"]
 BUCKET_BITS = 7
 _MAX_BITS = 14
 _OCTAVES = 40
-# At most 2¹¹ probabilities are above 2⁻¹¹: 12 bits count them, 20 bits add up 8-bit places.
-_PLACED_OCTAVES, _COUNT_BITS, _PLACE_BITS = 11, 12, 8
+# A 64-bit word holds a count, up to 2²⁰, above a sum of places.
+_SUM_BITS, _MAX_PLACE_BITS = 44, 24
 
 
 def level_set_uld(
@@ -55,9 +52,9 @@ def level_set_uld(
     """The distance of `uld` without a sort, and how far it can be from the exact one.
 
     d = ∫ |N_q(t) − N_p(t)| dt with N_q(t) = #{v : q_v > t}, over 2^bucket_bits buckets an octave;
-    value ≤ d ≤ value + error_bound, up to the rounding of sums, which error_bound includes as
-    4 ε log₂(V + U). ∂value/∂q_v is the sign of the bucket that q_v falls in, which is the exact
-    sign(q_v − p↓_rank(v)) in every bucket where the sign does not change.
+    |d − value| ≤ error_bound, which includes 4 ε log₂(V + U) for the rounding of sums. The value
+    falls short of d only where N_q − N_p changes its sign inside a bucket. ∂value/∂q_v is the sign
+    of the bucket that q_v falls in, elsewhere the exact sign(q_v − p↓_rank(v)).
 
     Args:
         student_logits: [*b, V]; bf16, f16 and f32 are computed in f32, f64 in f64. An entry of
@@ -88,22 +85,24 @@ def level_set_uld(
     student_V = scaled(student_logits, student_temperature)
     teacher_U = lax.stop_gradient(scaled(teacher_logits, teacher_temperature))
     check_leading_axes(student_V, teacher_U)
-    buckets = _buckets(bucket_bits, None)
-    return _from_logits(buckets, student_V, teacher_U)
+    return level_set_distance(student_V, teacher_U, of_logits=True, bucket_bits=bucket_bits)
 
 
 def level_set_distance(
-    logits_V: jax.Array,
-    probs_U: jax.Array,
+    student_V: jax.Array,
+    teacher_U: jax.Array,
     *,
+    of_logits: bool,
     bucket_bits: int = BUCKET_BITS,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same from logits already scaled to probabilities in any order, also over shards.
+    """The same from scaled logits, or from a teacher's probabilities, also over shards.
 
     Args:
-        logits_V: f32[*b, V] or f64, scaled; the shard of it that this device holds if sharded.
-        probs_U: [*b, U], summing to at most 1, in any order; or the shard of it.
+        student_V: f32[*b, V] or f64, scaled logits; this device's shard of them if sharded.
+        teacher_U: [*b, U], scaled logits, or probabilities in any order that sum to at most 1; or
+            the shard of them. No gradient flows to them.
+        of_logits: whether the teacher's are logits.
         bucket_bits: log₂ of the buckets in an octave.
         axis_name: the mapped axis that both vocabularies are sharded over, or None.
 
@@ -116,12 +115,15 @@ def level_set_distance(
     Example:
         >>> import jax.numpy as jnp
         >>> from uld_jax.losses.level_set import level_set_distance
-        >>> round(float(level_set_distance(jnp.zeros(4), jnp.array([1.0]))[0]), 4)
+        >>> value, _ = level_set_distance(jnp.zeros(4), jnp.array([1.0]), of_logits=False)
+        >>> round(float(value), 4)
         1.5
     """
-    dtype = jnp.promote_types(logits_V.dtype, probs_U.dtype)
-    buckets = _buckets(bucket_bits, axis_name)
-    return _compiled(buckets, logits_V.astype(dtype), lax.stop_gradient(probs_U).astype(dtype))
+    if not 1 <= bucket_bits <= _MAX_BITS:
+        raise ValueError(f"bucket_bits: expected 1 to {_MAX_BITS}, got {bucket_bits}")
+    dtype = jnp.promote_types(student_V.dtype, teacher_U.dtype)
+    options = _Options(_Buckets(bucket_bits), axis_name, of_logits)
+    return _compiled(options, student_V.astype(dtype), lax.stop_gradient(teacher_U).astype(dtype))
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,10 @@ class _Buckets:
     """How the axis of probabilities is cut."""
 
     bits: int
-    axis_name: str | None
 
     @property
     def count(self) -> int:
         return (_OCTAVES << self.bits) + 1
-
-    @property
-    def placed(self) -> int:
-        """The first bucket whose members' places are added up."""
-        return (_OCTAVES - _PLACED_OCTAVES) << self.bits
-
-    def has_places(self) -> np.ndarray:
-        return np.arange(self.count) >= self.placed
 
     def edges(self) -> np.ndarray:
         """The lower edge of each bucket and the upper edge of the last."""
@@ -151,52 +144,52 @@ class _Buckets:
         edges[0], edges[-1] = 0, 1
         return edges
 
+    def place_bits(self, dtype: jnp.dtype) -> int:
+        """All that the bucket leaves of a float32; the leading ones of a float64."""
+        return min(jnp.finfo(dtype).nmant - self.bits, _MAX_PLACE_BITS)
+
+    def half_a_place(self, dtype: jnp.dtype) -> float:
+        """How far a member can be from its place's middle, in bucket widths; 0 if all is known."""
+        place_bits = self.place_bits(dtype)
+        known = place_bits == jnp.finfo(dtype).nmant - self.bits
+        return 0 if known else 0.5 / (1 << place_bits)
+
     def of(self, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The bucket of each probability, and the word that it adds there."""
-        info = jnp.finfo(probs.dtype)
+        """The bucket of each probability, and its place there."""
+        info, place_bits = jnp.finfo(probs.dtype), self.place_bits(probs.dtype)
         pattern = lax.bitcast_convert_type(probs, jnp.dtype(f"int{info.bits}"))
         bias = (1 << (info.nexp - 1)) - 1
         bucket = (pattern >> (info.nmant - self.bits)) - ((bias - _OCTAVES) << self.bits)
-        bucket = jnp.clip(bucket, 0, self.count - 1).astype(jnp.int32)
-        place = pattern >> (info.nmant - self.bits - _PLACE_BITS)
-        place = (place & ((1 << _PLACE_BITS) - 1)).astype(jnp.uint32)
-        return bucket, jnp.where(bucket < self.placed, 0, place << _COUNT_BITS) + jnp.uint32(1)
+        place = (pattern >> (info.nmant - self.bits - place_bits)) & ((1 << place_bits) - 1)
+        return jnp.clip(bucket, 0, self.count - 1).astype(jnp.int32), place.astype(jnp.int32)
 
 
-def _buckets(bits: int, axis_name: str | None) -> _Buckets:
-    if not 1 <= bits <= _MAX_BITS:
-        raise ValueError(f"bucket_bits: expected 1 to {_MAX_BITS}, got {bits}")
-    return _Buckets(bits, axis_name)
+@dataclass(frozen=True)
+class _Options:
+    buckets: _Buckets
+    axis_name: str | None
+    of_logits: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _distance(
-    buckets: _Buckets, logits_V: jax.Array, probs_U: jax.Array
+    options: _Options, student_V: jax.Array, teacher_U: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _forward(buckets, logits_V, probs_U)[0]
+    value, bound, _ = _rows(options, student_V, teacher_U, differentiate=False)
+    return value, bound
 
 
 def _forward(
-    buckets: _Buckets, logits_V: jax.Array, probs_U: jax.Array
+    options: _Options, student_V: jax.Array, teacher_U: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Value and bound, and the value's gradient with respect to the logits."""
-    total = partial(psum, axis_name=buckets.axis_name)
-    q = softmax(logits_V, buckets.axis_name)
-    words_q, words_p = (total(_histogram(buckets, probs)) for probs in (q, probs_U))
-    choose = jnp.vectorize(partial(_signs, buckets, q.dtype), signature="(n),(n)->(n),(),()")
-    signs, at_edges, bound = choose(words_q, words_p)
-    weighted_V = q * _look_up(buckets, q, signs)
-    student = total(weighted_V.sum(-1))
-    teacher = total((probs_U * _look_up(buckets, probs_U, signs)).sum(-1))
-    rounding = 4 * jnp.finfo(q.dtype).eps * np.log2(q.shape[-1] + probs_U.shape[-1] + 1)
-    grad = weighted_V - q * student[..., None]
-    return (jnp.maximum(student - teacher + at_edges, 0), bound + rounding), grad
+    value, bound, grad = _rows(options, student_V, teacher_U, differentiate=True)
+    return (value, bound), grad
 
 
 def _backward(
-    buckets: _Buckets, grad: jax.Array, cotangents: tuple[jax.Array, jax.Array]
+    options: _Options, grad: jax.Array, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, None]:
-    del buckets
+    del options
     return cotangents[0][..., None] * grad, None
 
 
@@ -204,61 +197,87 @@ _distance.defvjp(_forward, _backward)
 _compiled = jax.jit(_distance, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=0)
-def _from_logits(
-    buckets: _Buckets, student_V: jax.Array, teacher_U: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    dtype = jnp.promote_types(student_V.dtype, teacher_U.dtype)
-    return _distance(buckets, student_V.astype(dtype), jax.nn.softmax(teacher_U.astype(dtype)))
-
-
-def _signs(
-    buckets: _Buckets, dtype: jnp.dtype, words_q: jax.Array, words_p: jax.Array
+def _rows(
+    options: _Options, student_V: jax.Array, teacher_U: jax.Array, *, differentiate: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one row: σ by bucket, the sum over the edges, and the bound."""
+    compute = partial(_value_bound_and_grad, options, differentiate=differentiate)
+    if options.axis_name is not None:
+        # Sums over shards are taken for all rows at once.
+        return compute(student_V, teacher_U)
+    return by_row("(v),(u)->(),(),(w)", compute)(student_V, teacher_U)
+
+
+def _value_bound_and_grad(
+    options: _Options, student_V: jax.Array, teacher_U: jax.Array, *, differentiate: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Value, bound, and the value's gradient by the logits (of width 0 if not asked for)."""
+    buckets, axis_name = options.buckets, options.axis_name
+    q = softmax(student_V, axis_name)
+    p = softmax(teacher_U, axis_name) if options.of_logits else teacher_U
+    counts = (psum(_histogram(buckets, probs), axis_name) for probs in (q, p))
+    choose = jnp.vectorize(
+        partial(_integrate, buckets, q.dtype), signature="(n,k),(n,k)->(n),(),(),()"
+    )
+    signs, mean, value, bound = choose(*counts)
+    rounding = 4 * jnp.finfo(q.dtype).eps * np.log2(q.shape[-1] + p.shape[-1] + 1)
+    grad = q * (_look_up(buckets, q, signs) - mean[..., None]) if differentiate else q[..., :0]
+    # Counts know nothing of NaN, which a softmax spreads over its row.
+    value += psum(0 * (q[..., :1].sum(-1) + p[..., :1].sum(-1)), axis_name)
+    return value, bound + rounding, grad
+
+
+def _integrate(
+    buckets: _Buckets, dtype: jnp.dtype, counts_q: jax.Array, counts_p: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of one row: the sign of each bucket, their mean under q, the value and its bound."""
     edges = buckets.edges()
     lower, width = jnp.asarray(edges[:-1], dtype), jnp.asarray(np.diff(edges), dtype)
-    count_q, area_q = _count_and_area(buckets, words_q, dtype)
-    count_p, area_p = _count_and_area(buckets, words_p, dtype)
-    at_lower = lax.cumsum(count_q - count_p, reverse=True)
-    at_upper = at_lower - count_q + count_p
-    # The sign of ∫ D dt over the bucket, in units of its width.
-    signs = jnp.sign(at_upper.astype(dtype) + area_q - area_p)
-    before = jnp.pad(signs[:-1], (1, 0))
-    at_edges = (lower * at_lower.astype(dtype) * (before - signs)).sum()
+    count_q, count_p = (counts[:, 0].astype(jnp.int32) for counts in (counts_q, counts_p))
+    area_q, area_p = counts_q[:, 1], counts_p[:, 1]
+    at_upper = lax.cumsum(count_q - count_p, reverse=True) - count_q + count_p
+    # ∫ D dt over the bucket, in units of its width.
+    integrals = at_upper.astype(dtype) + area_q - area_p
+    signs = jnp.sign(integrals)
+    mean = (signs * (lower * count_q.astype(dtype) + width * area_q)).sum()
 
-    # Inside the bucket −below ≤ D ≤ above: how far D can reach on the other side of 0 than σ.
+    # Inside the bucket −below ≤ D ≤ above. What |∫ D| lacks of ∫ |D| is twice the part of the other
+    # sign, which is the smaller part.
     above, below = count_q + at_upper, count_p - at_upper
-    reach = jnp.where(
-        signs > 0, 2 * below, jnp.where(signs < 0, 2 * above, abs(above) + abs(below))
-    )
-    reach = jnp.maximum(reach, 0).astype(dtype)
-    # Where one meets one and all above is even, D keeps its sign: σ is right, or, where the places
-    # are equal, the two differ by less than a place.
-    duel = (count_q == 1) & (count_p == 1) & (at_upper == 0) & buckets.has_places()
-    reach = jnp.where(duel, (signs == 0).astype(dtype) / (1 << _PLACE_BITS), reach)
-    return signs, at_edges, (width * reach).sum()
-
-
-def _count_and_area(
-    buckets: _Buckets, words: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """How many lie in each bucket, and Σ (q − lower edge) / width, a half each where unknown."""
-    placed = buckets.has_places()
-    count = jnp.where(placed, words & ((1 << _COUNT_BITS) - 1), words).astype(jnp.int32)
-    places = jnp.where(placed, words >> _COUNT_BITS, 0).astype(dtype) / (1 << _PLACE_BITS)
-    middle = jnp.where(placed, 0.5 / (1 << _PLACE_BITS), 0.5).astype(dtype)
-    return count, places + middle * count.astype(dtype)
+    reach = 2 * jnp.maximum(jnp.minimum(above, below), 0)
+    # Where one meets one and all above is even, D keeps its sign. (The first bucket has no places.)
+    first = np.arange(buckets.count) == 0
+    duel = (count_q == 1) & (count_p == 1) & (at_upper == 0) & ~first
+    reach = jnp.where(duel, 0, reach).astype(dtype)
+    unsure = np.where(first, 1, buckets.half_a_place(dtype))
+    reach += (count_q + count_p).astype(dtype) * jnp.asarray(unsure, dtype)
+    return signs, mean, (width * abs(integrals)).sum(), (width * reach).sum()
 
 
 def _histogram(buckets: _Buckets, probs_V: jax.Array) -> jax.Array:
-    """The sum of words by bucket, [*b, V] -> u32[*b, buckets]."""
+    """Members of each bucket and Σ (q − lower edge) / width, [*b, V] -> [*b, buckets, 2]."""
 
     def scatter(probs_V: jax.Array) -> jax.Array:
-        bucket, word = buckets.of(probs_V)
-        return jnp.zeros(buckets.count, jnp.uint32).at[bucket].add(word, mode="promise_in_bounds")
+        bucket, place = buckets.of(probs_V)
+        one = jnp.full_like(place, 1 << (_SUM_BITS - 32))
+        empty = jnp.zeros((buckets.count, 2), jnp.int32)
+        # Both in one 64-bit scatter cost as much as one of either. No 64-bit integer gets out, see
+        # `sorting._sort_packed`.
+        with jax.enable_x64(True):
+            words = lax.bitcast_convert_type(jnp.stack([place, one], -1), jnp.int64)
+            sums = lax.bitcast_convert_type(empty, jnp.int64)
+            sums = sums.at[bucket].add(words, mode="promise_in_bounds")
+            halves = lax.bitcast_convert_type(sums, jnp.uint32)
+        count, carried = halves[:, 1] >> (_SUM_BITS - 32), halves[:, 1] % (1 << (_SUM_BITS - 32))
+        places = carried.astype(probs_V.dtype) * 2.0**32 + halves[:, 0].astype(probs_V.dtype)
+        return _with_area(buckets, count.astype(probs_V.dtype), places)
 
-    return by_row("(v)->(n)", scatter, partial(_matmul_histogram, buckets))(probs_V)
+    return by_row("(v)->(n,k)", scatter, partial(_matmul_histogram, buckets))(probs_V)
+
+
+def _with_area(buckets: _Buckets, count: jax.Array, places: jax.Array) -> jax.Array:
+    middle = buckets.half_a_place(count.dtype)
+    area = places / (1 << buckets.place_bits(count.dtype)) + middle * count
+    return jnp.stack([count, area], -1)
 
 
 def _look_up(buckets: _Buckets, probs_V: jax.Array, signs: jax.Array) -> jax.Array:
@@ -279,16 +298,20 @@ _LANES = 128
 
 
 def _matmul_histogram(buckets: _Buckets, probs_V: jax.Array) -> jax.Array:
-    """counts[high, low] is a product of two one-hot matrices; places below 2⁸ are exact in bf16."""
-    bucket, word = buckets.of(probs_V)
+    """sums[high, low] is a product of one-hot matrices; a byte at a time is exact in bf16."""
+    bucket, place = buckets.of(probs_V)
     highs = -(-buckets.count // _LANES)
     high, low = _one_hot(bucket // _LANES, highs), _one_hot(bucket % _LANES, _LANES)
-    place = (word >> _COUNT_BITS).astype(jnp.int32).astype(jnp.bfloat16)
-    low = low.astype(jnp.bfloat16)
-    count = _contract(high.astype(jnp.bfloat16), low, over=1)
-    places = _contract(jnp.where(high, place[None, :], 0), low, over=1)
-    words = (places.astype(jnp.uint32) << _COUNT_BITS) + count.astype(jnp.uint32)
-    return words.reshape(-1)[: buckets.count]
+
+    def sum_of(values_V: jax.Array) -> jax.Array:
+        left = jnp.where(high, values_V.astype(jnp.bfloat16)[None, :], 0)
+        sums = _contract(left, low.astype(jnp.bfloat16), over=1)
+        return sums.reshape(-1)[: buckets.count].astype(probs_V.dtype)
+
+    places = jnp.zeros(buckets.count, probs_V.dtype)
+    for shift in range(0, buckets.place_bits(probs_V.dtype), 8):
+        places += 2.0**shift * sum_of((place >> shift) & 255)
+    return _with_area(buckets, sum_of(jnp.ones_like(place)), places)
 
 
 def _matmul_look_up(buckets: _Buckets, probs_V: jax.Array, signs: jax.Array) -> jax.Array:

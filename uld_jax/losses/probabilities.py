@@ -43,6 +43,8 @@ def scaled(logits: ArrayLike, temperature: ArrayLike = 1.0) -> jax.Array:
     logits = jnp.asarray(logits)
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     logits = logits.astype(dtype)
+    if isinstance(temperature, int | float) and temperature == 1:
+        return logits
     # What is -inf stays so: divided, it would make the temperature's derivative 0 · inf.
     masked = logits == -jnp.inf
     return jnp.where(masked, logits, jnp.where(masked, 0, logits) / jnp.asarray(temperature, dtype))
@@ -166,9 +168,9 @@ def fit(probs: jax.Array, width: int) -> jax.Array:
 
 def by_row(
     signature: str,
-    function: Callable[..., jax.Array],
-    on_tpu: Callable[..., jax.Array] | None = None,
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any],
+    on_tpu: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Vectorises a function of one row that gathers or scatters, as the platform likes it.
 
     A CPU goes through the rows in a loop: a row stays in the cache, and a scatter takes half the

@@ -42,8 +42,8 @@ def truncated_uld(
         method: see `uld`. With "level_set" its error bound is part of the interval.
 
     Returns:
-        (value, lower, upper), each f32[*b] (f64 where an input is f64). Only the value is
-        differentiable.
+        (value, lower, upper), each f32[*b] (f64 where an input is f64); the bounds hold up to the
+        rounding of sums, below 1e-6 in f32. Only the value is differentiable.
 
     Raises:
         ValueError: for an unknown method, leading axes that differ, or K = 0.
@@ -69,7 +69,7 @@ def truncated_uld(
     if method == "sort":
         without_tail, error_bound = sort_distance(student_V, teacher_K), 0.0
     else:
-        without_tail, error_bound = level_set_distance(student_V, teacher_K)
+        without_tail, error_bound = level_set_distance(student_V, teacher_K, of_logits=False)
     student_tail = _mass_past(jax.nn.softmax(student_V), teacher_K.shape[-1])
     value = without_tail + jnp.where(tail_mass > student_tail, tail_mass - student_tail, 0)
     missing = jnp.abs(tail_mass - student_tail) - student_tail

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from uld_jax.losses.level_set import level_set_distance
-from uld_jax.losses.probabilities import check_leading_axes, fit, on_whole_rows, scaled, softmax
+from uld_jax.losses.probabilities import check_leading_axes, fit, on_whole_rows, scaled
 from uld_jax.losses.sorting import sort_distance, sorted_probabilities
 
 __all__ = [
@@ -155,7 +155,7 @@ def uld_to_sorted(
     method = resolve_method(method, student_V.shape[-1], teacher_U.shape[-1])
     if method == "sort":
         return sort_distance(student_V, teacher_U)
-    return level_set_distance(student_V, teacher_U)[0]
+    return level_set_distance(student_V, teacher_U, of_logits=False)[0]
 
 
 def distance(
@@ -180,10 +180,9 @@ def distance(
         >>> float(distance(jnp.zeros(4), jnp.array([0.0, -jnp.inf]), "sort"))
         1.5
     """
-    teacher_logits_U = lax.stop_gradient(teacher_logits_U)
     if method == "level_set":
-        probs_U = softmax(teacher_logits_U, axis_name)
-        return level_set_distance(student_logits_V, probs_U, axis_name=axis_name)[0]
+        logits = student_logits_V, teacher_logits_U
+        return level_set_distance(*logits, of_logits=True, axis_name=axis_name)[0]
 
     def by_sorting(student_V: jax.Array, teacher_U: jax.Array) -> jax.Array:
         return sort_distance(student_V, sorted_probabilities(teacher_U))
