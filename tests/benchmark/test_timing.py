@@ -35,20 +35,24 @@ class Machine:
         return interleave(runs, rounds, seed=seed, clock=lambda: self.now)
 
 
-def test_a_round_runs_every_candidate_once_and_the_first_round_is_not_timed():
+def test_a_round_times_every_candidate_once_each_after_an_untimed_run():
     machine = Machine()
-    runs = {"a": machine.run("a", 100.0, 1.0, 2.0, 3.0), "b": machine.run("b", 50.0, 7.0)}
+    runs = {
+        "a": machine.run("a", 100.0, 1.0, 100.0, 2.0, 100.0, 3.0),
+        "b": machine.run("b", 50.0, 7.0, 50.0, 7.0, 50.0, 7.0),
+    }
     assert machine.measure(runs, 3) == {"a": [1.0, 2.0, 3.0], "b": [7.0, 7.0, 7.0]}
-    assert len(machine.log) == 8
-    assert all(set(machine.log[i : i + 2]) == {"a", "b"} for i in range(0, 8, 2))
+    assert len(machine.log) == 12
+    assert machine.log[::2] == machine.log[1::2]
+    assert all(set(machine.log[i : i + 4]) == {"a", "b"} for i in range(0, 12, 4))
 
 
 def test_the_order_changes_from_round_to_round_and_follows_the_seed():
     orders = []
     for seed in (0, 0, 1):
         machine = Machine()
-        machine.measure({name: machine.run(name, 1.0) for name in "abcd"}, 59, seed=seed)
-        orders.append(["".join(machine.log[i : i + 4]) for i in range(0, 240, 4)])
+        machine.measure({name: machine.run(name, 1.0) for name in "abcd"}, 60, seed=seed)
+        orders.append(["".join(machine.log[i : i + 8 : 2]) for i in range(0, 480, 8)])
     assert orders[0] == orders[1] != orders[2]
     assert len(set(orders[0])) > 10
     # Nobody owns a place in the round.

@@ -1,7 +1,9 @@
 """Fair times on a machine that others use too: interleaved runs, medians, ratios round by round.
 
-A round runs every candidate once, in a new random order. What slows the machine down for a while
-then slows all candidates of a round, and the ratio of two of them hardly moves.
+A round times every candidate once, in a new random order. What slows the machine down for a while
+then slows all candidates of a round, and the ratio of two of them hardly moves. A timed run follows
+an untimed one of the same candidate: caches, and PyTorch's threads, which go on spinning for a
+while, would else be charged to whoever comes next.
 """
 
 import contextlib
@@ -140,7 +142,7 @@ def interleave(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
-    """Seconds of every candidate in every round, after one round that is not timed.
+    """Seconds of every candidate in every round, each after a run that is not timed.
 
     Args:
         runs: by name, what to time; it returns when its work is done.
@@ -159,19 +161,18 @@ def interleave(
     order = list(runs)
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     shuffle = random.Random(seed).shuffle
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         shuffle(order)
         for name in list(order):
-            start = clock()
             try:
+                runs[name]()
+                start = clock()
                 runs[name]()
             except OutOfMemory:
                 order.remove(name)
                 seconds[name].clear()
-                continue
-            elapsed = clock() - start
-            if number:
-                seconds[name].append(elapsed)
+            else:
+                seconds[name].append(clock() - start)
     return seconds
 
 
