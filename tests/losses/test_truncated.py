@@ -171,8 +171,8 @@ def test_tokens_tied_across_the_kth_rank_are_dropped_in_part(method, top, tail):
         def value(step):
             return truncated_uld(student + step * moved, *signal, method=method)[0]
 
-        difference = (value(1e-6) - value(-1e-6)) / 2e-6
-        np.testing.assert_allclose(jax.grad(value)(0.0), difference, atol=1e-6)
+        difference = (value(1e-4) - value(-1e-4)) / 2e-4
+        np.testing.assert_allclose(jax.grad(value)(0.0), difference, atol=1e-5)
         assert abs(difference) > 0.05
 
 
