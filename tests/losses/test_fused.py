@@ -374,6 +374,35 @@ def test_temporary_memory_does_not_grow_with_the_number_of_positions():
     assert sizes[1] < 16 * 8 * 2 * vocab * 4
 
 
+@pytest.mark.parametrize("method", ["sort", "level_set"])
+def test_real_sizes_need_a_tenth_of_the_memory_of_whole_logits(method):
+    vocab, teacher_vocab = 49_152, 262_144
+
+    def temporary_bytes(count):
+        def floats(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        def total(hidden, head, *rest):
+            *teacher, targets, ce_weights, uld_weights = rest
+            weights = {"ce_weights": ce_weights, "uld_weights": uld_weights}
+            loss = fused_uld_cross_entropy(
+                hidden, head, *teacher, targets, **weights, method=method
+            )
+            return loss.total
+
+        heads = floats(vocab, 576), floats(teacher_vocab, 640)
+        hidden = floats(count, 576), floats(count, 640)
+        targets = jax.ShapeDtypeStruct((count,), jnp.int32)
+        shapes = (hidden[0], heads[0], hidden[1], heads[1], targets, floats(count), floats(count))
+        program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    once, twice = temporary_bytes(2048), temporary_bytes(4096)
+    # Without chunks it is 7.5 GB: at the least the logits of both sides and one gradient.
+    assert once <= 4 * 2048 * (2 * vocab + teacher_vocab) / 10
+    assert abs(twice - once) <= 0.05 * once
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
