@@ -2,7 +2,7 @@
 # Installs the extras test, plan and ot and runs everything a change must pass: formatting, lint,
 # types, layers, tests and the documentation's examples.
 #
-#   bash launch/test.sh            the suite (under 20 minutes on 2 cores)
+#   bash launch/test.sh            the suite (under 40 minutes on 2 cores)
 #   bash launch/test.sh --slow     with the tests marked slow
 #   bash launch/test.sh ARG ...    further arguments go to pytest, e.g. tests/losses -k fused
 #
