@@ -131,10 +131,10 @@ def _total_gap(gaps_V: jax.Array, probs_sorted_U: jax.Array) -> jax.Array:
     return jnp.abs(gaps_V).sum(-1) + probs_sorted_U[..., gaps_V.shape[-1] :].sum(-1)
 
 
-# For both sides' sorts and the signs of a row of 151,936 (two cores, jax 0.10.2): 17.6 ms of CPU time
-# with key and index packed into one 64-bit integer; with the keys alone and two binary searches 25 ms
-# on the clock, with both cores. A TPU has no 64-bit integers and scatters slowly: it sorts the signs
-# back.
+# For the sorts of both sides and the signs of a row of 151,936 (two cores, jax 0.10.2): 17.6 ms of
+# CPU time with key and index packed into one 64-bit integer; 25 ms on the clock, with both cores,
+# with the keys alone and two binary searches. A TPU has no 64-bit integers and scatters slowly: it
+# sorts the signs back.
 def _gaps_and_signs(q_V: jax.Array, p_sorted_V: jax.Array) -> tuple[jax.Array, jax.Array]:
     """q↓ − p↓ in sorted order, and the derivative by each q in q's own order."""
     if q_V.dtype == jnp.float64:
