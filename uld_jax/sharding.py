@@ -25,6 +25,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "head_dim": None,
+    "narrow": None,
+    "positions": None,
     "norm": None,
 }
 

@@ -1,9 +1,14 @@
 """The decoder's parts against plain float64 numpy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from uld_jax.models import layers
 
@@ -46,31 +51,6 @@ def test_rms_norm_computes_in_float32():
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale64)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.array(found, np.float64), expected, rtol=2**-8)
-
-
-def test_rotation_is_complex_multiplication():
-    x, positions, theta = normal(2, 3, 2, 6), np.array([[0, 1, 7], [5, 900, 4000]]), 500.0
-    angles = layers.rotary_angles(jnp.array(positions), 6, theta)
-    turn = np.exp(1j * positions[:, :, None, None] * theta ** (-np.arange(3) / 3))
-    turned = (x[..., :3] + 1j * x[..., 3:]) * turn
-    found = layers.rotate(jnp.array(x), angles)
-    expected = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
-
-
-def test_rotated_products_depend_on_the_distance_only():
-    q, k = jnp.array(normal(1, 1, 1, 8)), jnp.array(normal(1, 1, 1, 8))
-
-    def product(at_q, at_k):
-        turned = (
-            layers.rotate(x, layers.rotary_angles(jnp.array([[at]]), 8, 100.0))
-            for x, at in ((q, at_q), (k, at_k))
-        )
-        return float(jnp.vdot(*turned))
-
-    assert product(3, 1) == pytest.approx(product(23, 21), abs=1e-5)
-    assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-3)
 
 
 def test_attention_mask():
@@ -137,24 +117,30 @@ def test_attention_in_bfloat16(softcap):
     np.testing.assert_allclose(np.array(found, np.float64), expected, atol=0.02)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gated_mlp(activation, dtype):
-    x, gate, up, down = (
-        jnp.array(normal(*shape), dtype) for shape in ((2, 3, 4), (4, 6), (4, 6), (6, 4))
-    )
-    found = layers.gated_mlp(x, gate, up, down, activation)
-    assert found.dtype == dtype
-    x, gate, up, down = (np.array(a, np.float64) for a in (x, gate, up, down))
-    z = x @ gate
-    act = {
-        "silu": z / (1 + np.exp(-z)),
-        "gelu_tanh": 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
-    }[activation]
-    tolerance = 1e-4 if dtype == "float32" else 0.3
-    np.testing.assert_allclose(
-        np.array(found, np.float64), (act * (x @ up)) @ down, rtol=tolerance / 10, atol=tolerance
-    )
+def test_layer_norm():
+    x, scale, shift = 3 * normal(2, 5, 8) + 7, normal(8), normal(8)
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1)
+    found = layers.layer_norm(jnp.array(x), jnp.array(scale), jnp.array(shift), eps=0.1)
+    np.testing.assert_allclose(found, expected * scale + shift, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 12, 16])
+def test_alibi_slopes_equal_transformers(heads):
+    alibi = build_alibi_tensor(torch.ones(1, 3), heads, torch.float32)
+    np.testing.assert_allclose(layers.alibi_slopes(heads), alibi[:, 0, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_equal_torch(name):
+    x = 3 * normal(100)
+    theirs = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "relu": F.relu,
+    }[name]
+    found = layers.ACTIVATIONS[name](jnp.array(x, jnp.float32))
+    np.testing.assert_allclose(found, theirs(torch.tensor(x)), rtol=1e-5, atol=1e-6)
 
 
 def test_softcap():

@@ -1,6 +1,5 @@
-"""The one decoder of all families: parameters stacked over layers, one scanned block."""
+"""The one decoder of all families: embedding, one block scanned over the layers, head."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,62 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uld_jax.models import layers
-from uld_jax.models.cache import KVCache
+from uld_jax.models.block import Blocks, View, add_norm, layer_flags, norm, run_block, weight
+from uld_jax.models.cache import KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.sharding import constrain
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
-
-
-def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any) -> nnx.Param:
-    """A weight with GPT-2's initial scale, and its logical axes for `uld_jax.sharding`."""
-    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
-
-
-def _scale(shape: tuple[int, ...], axes: tuple[str, ...], offset: float, dtype: Any) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, 1.0 - offset, dtype), axes=axes)
-
-
-class Attention(nnx.Module):
-    """Projections of all layers' attention, stacked."""
-
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, dtype: Any) -> None:
-        n, d = c.layers, c.width
-        self.query = _param(rngs, (n, d, c.query_width), ("layers", "embed", "heads"), dtype)
-        self.key = _param(rngs, (n, d, c.kv_width), ("layers", "embed", "kv_heads"), dtype)
-        self.value = _param(rngs, (n, d, c.kv_width), ("layers", "embed", "kv_heads"), dtype)
-        self.out = _param(rngs, (n, c.query_width, d), ("layers", "heads", "embed"), dtype)
-        if c.qk_norm:
-            axes, shape = ("layers", "head_dim"), (n, c.head_dim)
-            self.query_norm = _scale(shape, axes, c.norm_offset, dtype)
-            self.key_norm = _scale(shape, axes, c.norm_offset, dtype)
-
-
-class GatedMLP(nnx.Module):
-    """Projections of all layers' gated MLP, stacked."""
-
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, dtype: Any) -> None:
-        n, d, f = c.layers, c.width, c.mlp_width
-        self.gate = _param(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype)
-        self.up = _param(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype)
-        self.down = _param(rngs, (n, f, d), ("layers", "mlp", "embed"), dtype)
-
-
-class Blocks(nnx.Module):
-    """All layers' parameters; each has a leading axis of length L."""
-
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, dtype: Any) -> None:
-        scale = functools.partial(
-            _scale, (c.layers, c.width), ("layers", "norm"), c.norm_offset, dtype
-        )
-        self.attention = Attention(c, rngs, dtype)
-        self.mlp = GatedMLP(c, rngs, dtype)
-        self.attention_norm, self.mlp_norm = scale(), scale()
-        if c.post_norms:
-            self.attention_post_norm, self.mlp_post_norm = scale(), scale()
 
 
 class Decoder(nnx.Module):
@@ -91,12 +44,21 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.policy = config, policy or Policy()
-        table = (config.vocab_size, config.width)
-        self.embed = _param(rngs, table, ("vocab", "embed"), param_dtype)
+        c, table = config, (config.vocab_size, config.embed_width or config.width)
+        self.embed = weight(rngs, table, ("vocab", "embed"), param_dtype)
+        if c.embed_width:
+            shape = (c.embed_width, c.width)
+            self.embed_in = weight(rngs, shape, ("narrow", "embed"), param_dtype)
+            self.embed_out = weight(rngs, shape[::-1], ("embed", "narrow"), param_dtype)
+        if c.positions == "learned":
+            shape = (c.max_positions + c.position_offset, c.width)
+            self.position_embed = weight(rngs, shape, ("positions", "embed"), param_dtype)
+        for name, wanted in (("embed_norm", c.embed_norm), ("norm", c.final_norm)):
+            if wanted:
+                add_norm(self, name, c, (c.width,), ("norm",), param_dtype)
         self.blocks = Blocks(config, rngs, param_dtype)
-        self.norm = _scale((config.width,), ("norm",), config.norm_offset, param_dtype)
         if not config.tied:
-            self.head = _param(rngs, table, ("vocab", "embed"), param_dtype)
+            self.head = weight(rngs, table, ("vocab", "embed"), param_dtype)
 
     @property
     def head_VD(self) -> jax.Array:
@@ -133,7 +95,10 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Final hidden states [B, T, D], after the last norm: what the head multiplies."""
+        """Final hidden states [B, T, D], after the last norm: what the head multiplies.
+
+        (With an embedding of another width, OPT-350m, they have that width.)
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         mask = layers.attention_mask(positions, positions, segment_ids, segment_ids)
@@ -157,7 +122,30 @@ class Decoder(nnx.Module):
         k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, slots)
         mask = layers.attention_mask(positions_BT, k_positions)
         x_BTD, (k, v) = self._run(tokens_BT, positions_BT, k_positions, mask, cache)
-        return x_BTD, KVCache(k, v, k_positions, cache.length + tokens_BT.shape[1])
+        length = (cache.length + tokens_BT.shape[1]) % k_positions.shape[1]
+        return x_BTD, KVCache(k, v, k_positions, length)
+
+    def start(
+        self, prompts_BP: jax.Array, lengths_B: jax.Array, new_tokens: int
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
+        """Reads right-padded prompts into a fresh cache with room for the answers.
+
+        Args:
+            prompts_BP: int32 token ids.
+            lengths_B: Tokens of each prompt.
+            new_tokens: At most this many will be read after it.
+
+        Returns:
+            The final hidden state of each prompt's last token [B, D], the cache, and the position
+            of the token that each row reads next, int32[B].
+        """
+        rows, width = prompts_BP.shape
+        cache = empty_cache(self.config, rows, width + new_tokens, self.policy.dtype)
+        slots = jnp.arange(width)[None]
+        positions_BP = jnp.where(slots < lengths_B[:, None], slots, -1)
+        hidden_BPD, cache = self.read(prompts_BP, positions_BP, cache)
+        last = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+        return jnp.take_along_axis(hidden_BPD, last, axis=1)[:, 0], cache, lengths_B
 
     def _run(
         self,
@@ -169,70 +157,37 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Embeds, scans the block over the layers, and norms."""
         c, dtype = self.config, jnp.dtype(self.policy.dtype)
-        x_BTD = self.embed[...][tokens_BT].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
-        x_BTD = constrain(x_BTD, "batch", None, None)
-        angles = layers.rotary_angles(q_positions, c.head_dim, c.rope_theta)
-        views = [(mask_BTS, angles)]
-        if c.window:
-            near = q_positions[:, :, None] - k_positions[:, None, :] < c.window
-            local = layers.rotary_angles(q_positions, c.head_dim, c.rope_local_theta)
-            views.append((mask_BTS & near, local))
+        x_BTD = self._embed(tokens_BT, q_positions, dtype)
+        view = View(c, q_positions, k_positions, mask_BTS)
         graph, params = nnx.split(self.blocks)
 
         def body(carry: Any, layer: Any) -> tuple[Any, None]:
             x_BTD, kv = carry
-            weights, is_local, index = layer
-            mask, angles = views[0]
-            if c.window:
-                mask, angles = (jnp.where(is_local, b, a) for a, b in zip(*views, strict=True))
+            weights, flags = layer
             kernels = jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
-            block = nnx.merge(graph, kernels)
-            return _block(c, block, x_BTD, mask, angles, kv, index, cache), None
+            return run_block(c, nnx.merge(graph, kernels), x_BTD, view, flags, kv, cache), None
 
         if self.policy.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.policy.remat])
-        flags = jnp.array(c.local_layers or (False,) * c.layers)
         kv = None if cache is None else (cache.k_LBSKh, cache.v_LBSKh)
-        (x_BTD, kv), _ = jax.lax.scan(body, (x_BTD, kv), (params, flags, jnp.arange(c.layers)))
-        return layers.rms_norm(x_BTD, self.norm[...], eps=c.norm_eps, offset=c.norm_offset), kv
+        (x_BTD, kv), _ = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c)))
+        if c.final_norm:
+            x_BTD = norm(c, self, "norm", x_BTD)
+        if c.embed_width:
+            x_BTD = x_BTD @ self.embed_out[...].astype(dtype)
+        return x_BTD, kv
 
-
-def _block(
-    c: DecoderConfig,
-    p: Blocks,
-    x_BTD: jax.Array,
-    mask_BTS: jax.Array,
-    angles: jax.Array,
-    kv: Any,
-    index: jax.Array,
-    cache: KVCache | None,
-) -> tuple[jax.Array, Any]:
-    """One layer: norm → attention → residual, norm → gated MLP → residual."""
-    norm = functools.partial(layers.rms_norm, eps=c.norm_eps, offset=c.norm_offset)
-    a = p.attention
-    y_BTD = norm(x_BTD, p.attention_norm[...])
-    q, k, v = (layers.head_split(y_BTD @ w[...], c) for w in (a.query, a.key, a.value))
-    if c.qk_norm:
-        q, k = norm(q, a.query_norm[...]), norm(k, a.key_norm[...])
-    q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-    if cache is not None:
-        # The stacked cache is the scan's carry, so that XLA updates it in place.
-        start = (index, 0, cache.length, 0, 0)
-        kv = tuple(
-            jax.lax.dynamic_update_slice(all_, new[None].astype(all_.dtype), start)
-            for all_, new in zip(kv, (k, v), strict=True)
-        )
-        k, v = (
-            jax.lax.dynamic_index_in_dim(all_, index, keepdims=False).astype(q.dtype) for all_ in kv
-        )
-    y_BTHh = layers.attention(q, k, v, mask_BTS, scale=c.query_scale, softcap=c.attention_softcap)
-    y_BTD = y_BTHh.reshape(*x_BTD.shape[:2], -1) @ a.out[...]
-    x_BTD += norm(y_BTD, p.attention_post_norm[...]) if c.post_norms else y_BTD
-    m = p.mlp
-    y_BTD = norm(x_BTD, p.mlp_norm[...])
-    y_BTD = layers.gated_mlp(y_BTD, m.gate[...], m.up[...], m.down[...], c.activation)
-    x_BTD += norm(y_BTD, p.mlp_post_norm[...]) if c.post_norms else y_BTD
-    return constrain(x_BTD, "batch", None, None), kv
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, dtype: Any) -> jax.Array:
+        c = self.config
+        x_BTD = self.embed[...][tokens_BT].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        if c.embed_width:
+            x_BTD = x_BTD @ self.embed_in[...].astype(dtype)
+        if c.positions == "learned":
+            rows = jnp.maximum(positions_BT, 0) + c.position_offset
+            x_BTD += self.position_embed[...][rows].astype(dtype)
+        if c.embed_norm:
+            x_BTD = norm(c, self, "embed_norm", x_BTD)
+        return constrain(x_BTD, "batch", None, None)
 
 
 def parameters(model: Decoder) -> nnx.State:

@@ -1,13 +1,14 @@
-"""The decoder's parts as pure functions over arrays: norm, rotation, attention, gated MLP."""
+"""The decoder's parts as pure functions over arrays: norms, attention, MLP."""
 
 import jax
 import jax.numpy as jnp
-
-from uld_jax.models.config import DecoderConfig
+import numpy as np
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
 }
 
 
@@ -34,36 +35,51 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, *, eps: float, offset: float) -> 
     return (x32 * scale).astype(x.dtype)
 
 
-def rotary_angles(positions_BT: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """Rotation angles [B, T, head_dim / 2] in radians: position · theta^(-2i / head_dim).
-
-    Example:
-        >>> rotary_angles(jnp.array([[1]]), 4, 100.0).tolist()
-        [[[1.0, 0.10000000149011612]]]
-    """
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    inverse = jnp.reshape(theta**-exponents, (1, 1, -1))
-    return positions_BT[..., None].astype(jnp.float32) * inverse
-
-
-def rotate(x_BTHh: jax.Array, angles_BTr: jax.Array) -> jax.Array:
-    """Rotates the two halves of every head by the angles (the Hugging Face layout of RoPE).
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, *, eps: float) -> jax.Array:
+    """LayerNorm in float32: (x - mean) / sqrt(variance + eps) · scale + bias.
 
     Args:
-        x_BTHh: Queries or keys.
-        angles_BTr: From `rotary_angles`.
+        x: [..., D].
+        scale_D: [D].
+        bias_D: [D].
+        eps: Added to the variance.
 
     Returns:
-        The rotated heads, in x's dtype.
+        [..., D] in x's dtype.
 
     Example:
-        >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.full((1, 1, 1), jnp.pi)).round(2).tolist()
-        [[[[-1.0, -1.0]]]]
+        >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.ones(2), eps=0.0).tolist()
+        [0.0, 2.0]
     """
-    cos, sin = jnp.cos(angles_BTr)[:, :, None, :], jnp.sin(angles_BTr)[:, :, None, :]
-    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHh.dtype)
+    x32 = x.astype(jnp.float32)
+    x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    leading = tuple(range(x.ndim - 1))
+    scale, bias = (jnp.expand_dims(p.astype(jnp.float32), leading) for p in (scale_D, bias_D))
+    return (x32 * scale + bias).astype(x.dtype)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """ALiBi's slope of each head: 2^(-8i / n) for n heads, a power of two, and between for others.
+
+    Args:
+        heads: H.
+
+    Returns:
+        f32[H].
+
+    Example:
+        >>> alibi_slopes(4).tolist()
+        [0.25, 0.0625, 0.015625, 0.00390625]
+
+    Reference:
+        Press et al., arXiv 2108.12409, section 3.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    # Heads beyond the power of two take every second slope of twice as many.
+    between = 2.0 ** (-4 * np.arange(1, 2 * (heads - power) + 1, 2) / power)
+    return np.concatenate([slopes, between]).astype(np.float32)
 
 
 def attention_mask(
@@ -102,6 +118,7 @@ def attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    bias_BHTS: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention, softmax in float32.
 
@@ -112,6 +129,7 @@ def attention(
         mask_BTS: True where a query sees a key.
         scale: Factor on the products.
         softcap: c in c · tanh(score / c); 0 for none.
+        bias_BHTS: Added to the scores (ALiBi), or None.
 
     Returns:
         [B, T, H, h] in the queries' dtype.
@@ -123,29 +141,20 @@ def attention(
     """
     if not softcap:
         mask_BHTS = mask_BTS[:, None, :, :]
-        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask_BHTS, scale=scale)
+        return jax.nn.dot_product_attention(
+            q_BTHh, k_BSKh, v_BSKh, bias=bias_BHTS, mask=mask_BHTS, scale=scale
+        )
     # jax.nn.dot_product_attention has no soft-cap.
     b, t, h, d = q_BTHh.shape
     groups = k_BSKh.shape[2]
     q = q_BTHh.reshape(b, t, groups, h // groups, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k_BSKh, preferred_element_type=jnp.float32)
     scores = softcap * jnp.tanh(scores * (scale / softcap))
+    if bias_BHTS is not None:
+        scores += bias_BHTS.reshape(scores.shape)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v_BSKh).reshape(b, t, h, d)
-
-
-def gated_mlp(
-    x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, activation: str
-) -> jax.Array:
-    """The gated MLP: (act(x · gate) * (x · up)) · down.
-
-    Example:
-        >>> w = jnp.ones((2, 3))
-        >>> gated_mlp(jnp.ones((1, 1, 2)), w, w, w.T, "silu").shape
-        (1, 1, 2)
-    """
-    return (ACTIVATIONS[activation](x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
@@ -158,12 +167,11 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def head_split(x_BTX: jax.Array, config: DecoderConfig) -> jax.Array:
+def head_split(x_BTX: jax.Array, head_dim: int) -> jax.Array:
     """Cuts a projection [B, T, heads · head_dim] into heads [B, T, heads, head_dim].
 
     Example:
-        >>> from uld_jax.testing import tiny_config
-        >>> head_split(jnp.ones((1, 2, 32)), tiny_config()).shape
+        >>> head_split(jnp.ones((1, 2, 32)), 8).shape
         (1, 2, 4, 8)
     """
-    return x_BTX.reshape(*x_BTX.shape[:2], -1, config.head_dim)
+    return x_BTX.reshape(*x_BTX.shape[:2], -1, head_dim)

@@ -1,7 +1,7 @@
 """What a family is: two config translations and one table of weight names."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,69 @@ from uld_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A parameter that Hugging Face stores together with others in one tensor.
+
+    The tensor's output axis is cut into `groups`, each holding every part in turn: one group with
+    all queries, then all keys, then all values (Phi-3), or a group a head (GPT-NeoX).
+
+    Args:
+        groups: Number of groups.
+        sizes: Rows of each part in a group.
+        index: Which part this is.
+        axis: The tensor's output axis: 0, or 1 where it is stored [in, out] (GPT-2).
+
+    Example:
+        >>> part = Part(groups=2, sizes=(1, 2), index=1)
+        >>> part.take(np.arange(6)).tolist()
+        [1, 2, 4, 5]
+    """
+
+    groups: int
+    sizes: tuple[int, ...]
+    index: int
+    axis: int = 0
+
+    def take(self, tensor: np.ndarray) -> np.ndarray:
+        """This part of the fused tensor.
+
+        Example:
+            >>> Part(1, (1, 1), 0).take(np.array([[5.0], [6.0]])).tolist()
+            [[5.0]]
+        """
+        start = sum(self.sizes[: self.index])
+        rows = np.moveaxis(tensor, self.axis, 0)
+        groups = rows.reshape(self.groups, sum(self.sizes), *rows.shape[1:])
+        cut = groups[:, start : start + self.sizes[self.index]]
+        return np.moveaxis(cut.reshape(-1, *rows.shape[1:]), 0, self.axis)
+
+    @staticmethod
+    def join(parts: Sequence["Part"], arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The fused tensor of all its parts, in any order: the inverse of `take`.
+
+        Example:
+            >>> parts = [Part(2, (1, 2), 1), Part(2, (1, 2), 0)]
+            >>> Part.join(parts, [np.array([1, 2, 4, 5]), np.array([0, 3])]).tolist()
+            [0, 1, 2, 3, 4, 5]
+        """
+        by_index = sorted(zip(parts, arrays, strict=True), key=lambda pair: pair[0].index)
+        groups, axis = parts[0].groups, parts[0].axis
+        rows = [np.moveaxis(array, axis, 0) for _, array in by_index]
+        cut = [r.reshape(groups, -1, *r.shape[1:]) for r in rows]
+        joined = np.concatenate(cut, axis=1).reshape(-1, *rows[0].shape[1:])
+        return np.moveaxis(joined, 0, axis)
+
+
+@dataclasses.dataclass(frozen=True)
 class Weight:
     """One row of a family's table, read in both directions.
 
     Args:
         path: Our parameter, e.g. "blocks.attention.query".
         hf: The Hugging Face tensor, with {layer} where there is one a layer.
-        gguf: The GGUF tensor, with {layer} likewise.
+        gguf: The GGUF tensor, with {layer} likewise; empty where GGUF is not read.
         transpose: Hugging Face stores [out, in]; we store [in, out].
+        part: Which part of the tensor it is, where one tensor holds several parameters.
 
     Example:
         >>> Weight("norm", "model.norm.weight", "output_norm.weight").stacked
@@ -28,8 +83,9 @@ class Weight:
 
     path: str
     hf: str
-    gguf: str
+    gguf: str = ""
     transpose: bool = False
+    part: Part | None = None
 
     @property
     def stacked(self) -> bool:
@@ -48,23 +104,23 @@ class Family:
     Args:
         model_type: The Hugging Face `model_type`.
         architecture: The Hugging Face class, written on export.
-        gguf_architecture: GGUF's `general.architecture`.
         config_from_hf: A Hugging Face config, as a dict, to ours.
         config_to_hf: Ours to a Hugging Face config object.
+        weights: The table for a config.
+        gguf_architecture: GGUF's `general.architecture`; empty where GGUF is not read.
         config_from_gguf: GGUF metadata to ours; the dict has a key per metadata field and
             "tensors", each tensor name with its shape.
-        weights: The table for a config.
         gguf_to_hf: Undoes what llama.cpp's converter did to a tensor.
         ignored: Hugging Face tensors that hold nothing to learn (buffers).
     """
 
     model_type: str
     architecture: str
-    gguf_architecture: str
     config_from_hf: Callable[[Mapping[str, Any]], DecoderConfig]
     config_to_hf: Callable[[DecoderConfig], transformers.PretrainedConfig]
-    config_from_gguf: Callable[[Mapping[str, Any]], DecoderConfig]
     weights: Callable[[DecoderConfig], tuple[Weight, ...]]
+    gguf_architecture: str = ""
+    config_from_gguf: Callable[[Mapping[str, Any]], DecoderConfig] | None = None
     gguf_to_hf: Callable[[DecoderConfig, Weight, np.ndarray], np.ndarray] = _keep
     ignored: tuple[str, ...] = ()
 
@@ -80,8 +136,27 @@ def hf_names(weight: Weight, layers: int) -> Iterator[str]:
         yield weight.hf.format(layer=layer)
 
 
+# The norms of a block by where they stand: our name, and the one Hugging Face's gated decoders use.
+_NORMS = {
+    "pre": {"attention_norm": "input", "mlp_norm": "post_attention"},
+    "sandwich": {
+        "attention_norm": "input",
+        "attention_post_norm": "post_attention",
+        "mlp_norm": "pre_feedforward",
+        "mlp_post_norm": "post_feedforward",
+    },
+    "output": {"attention_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"},
+}
+_GGUF_NORMS = {
+    "attention_norm": "attn_norm",
+    "attention_post_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp_post_norm": "post_ffw_norm",
+}
+
+
 def gated_decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
-    """The table that Llama, Mistral, Qwen and Gemma share, by the config's fields.
+    """The table that Llama, Mistral, Qwen, Gemma and OLMo share, by the config's fields.
 
     Example:
         >>> from uld_jax.testing import tiny_config
@@ -89,37 +164,33 @@ def gated_decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
         'model.embed_tokens.weight'
     """
     block, ggml = "model.layers.{layer}.", "blk.{layer}."
-    second = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     rows = [
         Weight("embed", "model.embed_tokens.weight", "token_embd.weight"),
         Weight("norm", "model.norm.weight", "output_norm.weight"),
-        Weight(
-            "blocks.attention_norm", f"{block}input_layernorm.weight", f"{ggml}attn_norm.weight"
-        ),
-        Weight("blocks.mlp_norm", f"{block}{second}.weight", f"{ggml}ffn_norm.weight"),
     ]
-    for ours, theirs in {"query": "q", "key": "k", "value": "v"}.items():
-        name = f"{block}self_attn.{theirs}_proj.weight"
-        rows.append(Weight(f"blocks.attention.{ours}", name, f"{ggml}attn_{theirs}.weight", True))
-    name = f"{block}self_attn.o_proj.weight"
-    rows.append(Weight("blocks.attention.out", name, f"{ggml}attn_output.weight", True))
+    for ours, theirs in _NORMS[config.norm_placement].items():
+        name = f"{block}{theirs}_layernorm.weight"
+        rows.append(Weight(f"blocks.{ours}", name, f"{ggml}{_GGUF_NORMS[ours]}.weight"))
+    biased = {
+        "query": config.qkv_bias,
+        "key": config.qkv_bias,
+        "value": config.qkv_bias,
+        "out": config.out_bias,
+    }
+    for ours, has_bias in biased.items():
+        path, name = f"blocks.attention.{ours}", f"{block}self_attn.{ours[0]}_proj"
+        short = f"{ggml}attn_{'output' if ours == 'out' else ours[0]}"
+        rows.append(Weight(path, f"{name}.weight", f"{short}.weight", transpose=True))
+        if has_bias:
+            rows.append(Weight(f"{path}_bias", f"{name}.bias", f"{short}.bias"))
     for part in ("gate", "up", "down"):
-        name = f"{block}mlp.{part}_proj.weight"
-        rows.append(Weight(f"blocks.mlp.{part}", name, f"{ggml}ffn_{part}.weight", True))
-    if config.qk_norm:
-        for ours, theirs in {"query": "q", "key": "k"}.items():
-            name, short = (
-                f"{block}self_attn.{theirs}_norm.weight",
-                f"{ggml}attn_{theirs}_norm.weight",
-            )
-            rows.append(Weight(f"blocks.attention.{ours}_norm", name, short))
-    if config.post_norms:
-        for ours, theirs, short in (
-            ("attention", "post_attention", "post_attention_norm"),
-            ("mlp", "post_feedforward", "post_ffw_norm"),
-        ):
-            name = f"{block}{theirs}_layernorm.weight"
-            rows.append(Weight(f"blocks.{ours}_post_norm", name, f"{ggml}{short}.weight"))
+        path, name, short = f"blocks.mlp.{part}", f"{block}mlp.{part}_proj", f"{ggml}ffn_{part}"
+        rows.append(Weight(path, f"{name}.weight", f"{short}.weight", transpose=True))
+        if config.mlp_bias:
+            rows.append(Weight(f"{path}_bias", f"{name}.bias", f"{short}.bias"))
+    for ours in ("query", "key") if config.qk_norm != "none" else ():
+        name, short = f"{block}self_attn.{ours[0]}_norm", f"{ggml}attn_{ours[0]}_norm"
+        rows.append(Weight(f"blocks.attention.{ours}_norm", f"{name}.weight", f"{short}.weight"))
     if not config.tied:
         rows.append(Weight("head", "lm_head.weight", "output.weight"))
     return tuple(rows)

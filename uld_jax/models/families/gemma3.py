@@ -26,8 +26,8 @@ TRAITS: dict[str, Any] = {
     "family": "gemma3_text",
     "norm_offset": 1.0,
     "activation": "gelu_tanh",
-    "qk_norm": True,
-    "post_norms": True,
+    "qk_norm": "head",
+    "norm_placement": "sandwich",
 }
 
 

@@ -16,33 +16,28 @@ from uld_jax.models.families.base import (
     gated_decoder_weights,
     refuse,
 )
+from uld_jax.models.families.rope import rope_fields, rope_parameters
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our config from a Hugging Face LlamaConfig as a dict.
 
     Raises:
-        UserError: A feature that this decoder does not have (biases, RoPE scaling, …).
+        UserError: A setting that this family's code does not have.
 
     Example:
         >>> config_from_hf(transformers.LlamaConfig(num_hidden_layers=3).to_dict()).layers
         3
     """
-    rope = hf.get("rope_parameters") or {}
-    scaling = rope.get("rope_type", "default")
-    refuse(
-        "llama",
-        attention_bias=hf.get("attention_bias"),
-        mlp_bias=hf.get("mlp_bias"),
-        rope_type=scaling if scaling != "default" else None,
-        partial_rotary_factor=rope.get("partial_rotary_factor", 1.0) != 1.0,
-        hidden_act=hf["hidden_act"] if hf["hidden_act"] != "silu" else None,
-    )
+    refuse("llama", hidden_act=hf["hidden_act"] if hf["hidden_act"] != "silu" else None)
     fields = fields_from_hf(hf)
     return DecoderConfig(
         family="llama",
-        rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
+        qkv_bias=hf["attention_bias"],
+        out_bias=hf["attention_bias"],
+        mlp_bias=hf["mlp_bias"],
         query_scale=fields["head_dim"] ** -0.5,
+        **rope_fields("llama", hf),
         **fields,
     )
 
@@ -56,7 +51,9 @@ def config_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:
         32
     """
     return transformers.LlamaConfig(
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        attention_bias=c.qkv_bias,
+        mlp_bias=c.mlp_bias,
+        rope_parameters=rope_parameters(c),
         **fields_to_hf(c),
     )
 

@@ -1,0 +1,299 @@
+"""One block of the decoder: parameters of all layers, stacked, and what one layer computes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from uld_jax.models import layers
+from uld_jax.models.cache import KVCache
+from uld_jax.models.config import DecoderConfig
+from uld_jax.models.rope import rotary_angles, rotary_frequencies, rotate
+from uld_jax.sharding import constrain
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any) -> nnx.Param:
+    """A weight with GPT-2's initial scale, and its logical axes for `uld_jax.sharding`.
+
+    Example:
+        >>> weight(nnx.Rngs(0), (2, 3), ("embed", "mlp"), "float32").shape
+        (2, 3)
+    """
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+
+
+def bias(shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any) -> nnx.Param:
+    """A bias, at first zero.
+
+    Example:
+        >>> bias((2,), ("norm",), "float32")[...].tolist()
+        [0.0, 0.0]
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+
+def add_norm(
+    module: nnx.Module,
+    name: str,
+    c: DecoderConfig,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    dtype: Any,
+) -> None:
+    """Gives a module the parameters of one norm: `name`, and for LayerNorm `name_bias`.
+
+    Args:
+        module: Where they go.
+        name: The scale's name.
+        c: Says which norm.
+        shape: Of the scale.
+        axes: Its logical axes.
+        dtype: Its type.
+    """
+    setattr(module, name, nnx.Param(jnp.full(shape, 1.0 - c.norm_offset, dtype), axes=axes))
+    if c.norm == "layer":
+        setattr(module, f"{name}_bias", bias(shape, axes, dtype))
+
+
+def norm(c: DecoderConfig, module: nnx.Module, name: str, x: jax.Array) -> jax.Array:
+    """Applies the norm that `add_norm` made.
+
+    Args:
+        c: Says which norm.
+        module: Holds its parameters.
+        name: The scale's name.
+        x: [..., D].
+
+    Returns:
+        [..., D] in x's dtype.
+    """
+    scale = getattr(module, name)[...]
+    if c.norm == "rms":
+        return layers.rms_norm(x, scale, eps=c.norm_eps, offset=c.norm_offset)
+    return layers.layer_norm(x, scale, getattr(module, f"{name}_bias")[...], eps=c.norm_eps)
+
+
+class Attention(nnx.Module):
+    """Projections of all layers' attention, stacked."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, dtype: Any) -> None:
+        n, d = c.layers, c.width
+        widths = {"query": c.query_width, "key": c.kv_width, "value": c.kv_width}
+        for name, width in widths.items():
+            axis = "heads" if name == "query" else "kv_heads"
+            setattr(self, name, weight(rngs, (n, d, width), ("layers", "embed", axis), dtype))
+            if c.qkv_bias:
+                setattr(self, f"{name}_bias", bias((n, width), ("layers", axis), dtype))
+            if c.qk_norm == "all" and name != "value":
+                add_norm(self, f"{name}_norm", c, (n, width), ("layers", axis), dtype)
+            elif c.qk_norm == "head" and name != "value":
+                shape, axes = (n, c.head_dim), ("layers", "head_dim")
+                add_norm(self, f"{name}_norm", c, shape, axes, dtype)
+        self.out = weight(rngs, (n, c.query_width, d), ("layers", "heads", "embed"), dtype)
+        if c.out_bias:
+            self.out_bias = bias((n, d), ("layers", "norm"), dtype)
+
+
+class MLP(nnx.Module):
+    """Projections of all layers' MLP, stacked."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, dtype: Any) -> None:
+        n, d, f = c.layers, c.width, c.mlp_width
+        for name in ("gate", "up") if c.gated else ("up",):
+            setattr(self, name, weight(rngs, (n, d, f), ("layers", "embed", "mlp"), dtype))
+            if c.mlp_bias:
+                setattr(self, f"{name}_bias", bias((n, f), ("layers", "mlp"), dtype))
+        self.down = weight(rngs, (n, f, d), ("layers", "mlp", "embed"), dtype)
+        if c.mlp_bias:
+            self.down_bias = bias((n, d), ("layers", "norm"), dtype)
+
+
+class Blocks(nnx.Module):
+    """All layers' parameters; each has a leading axis of length L."""
+
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs, dtype: Any) -> None:
+        self.attention = Attention(c, rngs, dtype)
+        self.mlp = MLP(c, rngs, dtype)
+        add = functools.partial(
+            add_norm, self, c=c, shape=(c.layers, c.width), axes=("layers", "norm"), dtype=dtype
+        )
+        for part in ("attention",) if c.shared_norm else ("attention", "mlp"):
+            if c.norm_placement != "output":
+                add(name=f"{part}_norm")
+            if c.output_norms:
+                add(name=f"{part}_post_norm")
+
+
+class View:
+    """What the queries of a computation may see, for layers that see all and for local ones.
+
+    Args:
+        c: The decoder.
+        q_positions: int32[B, T], positions of the queries.
+        k_positions: int32[B, S], positions of the keys.
+        mask_BTS: True where a query of a layer that sees all sees a key.
+    """
+
+    def __init__(
+        self, c: DecoderConfig, q_positions: jax.Array, k_positions: jax.Array, mask_BTS: jax.Array
+    ) -> None:
+        self.config = c
+        room = {"length": k_positions.shape[1], "max_positions": c.max_positions}
+        self.bias_BHTS = None
+        rotations: list[jax.Array | None] = [None, None]
+        if c.positions == "rotary":
+            for kind, (theta, scaling) in enumerate(
+                ((c.rope_theta, c.rope_scaling), (c.rope_local_theta, c.rope_local_scaling))
+            ):
+                frequencies = rotary_frequencies(c.rotary_dim, theta, scaling, **room)
+                rotations[kind] = rotary_angles(q_positions, frequencies)
+        elif c.positions == "alibi":
+            distance = (k_positions[:, None, :] - q_positions[:, :, None]).astype(jnp.float32)
+            slopes = layers.alibi_slopes(c.heads)
+            self.bias_BHTS = slopes[None, :, None, None] * distance[:, None]
+        self._all = (mask_BTS, rotations[0])
+        if c.window:
+            near = q_positions[:, :, None] - k_positions[:, None, :] < c.window
+            self._local = (mask_BTS & near, rotations[1])
+
+    def of(self, is_local: jax.Array, unrotated: jax.Array) -> tuple[jax.Array, Any]:
+        """The mask and the rotation angles of one layer."""
+        c = self.config
+        if c.window and all(c.local_layers):
+            mask, angles = self._local
+        elif c.window:
+            mask, angles = jax.tree.map(
+                functools.partial(jnp.where, is_local), self._local, self._all
+            )
+        else:
+            mask, angles = self._all
+        if any(c.unrotated_layers):
+            angles = jnp.where(unrotated, 0, angles)
+        return mask, angles
+
+
+def layer_flags(c: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the scan over layers hands to each besides its parameters.
+
+    Args:
+        c: The decoder.
+
+    Returns:
+        Whether it is local, whether it is unrotated, and its index; each [L].
+
+    Example:
+        >>> from uld_jax.testing import tiny_config
+        >>> layer_flags(tiny_config())[2].tolist()
+        [0, 1]
+    """
+    none = (False,) * c.layers
+    flags = (np.array(each or none) for each in (c.local_layers, c.unrotated_layers))
+    local, unrotated = flags
+    return jnp.asarray(local), jnp.asarray(unrotated), jnp.arange(c.layers)
+
+
+def run_block(
+    c: DecoderConfig,
+    p: Blocks,
+    x_BTD: jax.Array,
+    view: View,
+    flags: tuple[jax.Array, jax.Array, jax.Array],
+    kv: Any,
+    cache: KVCache | None,
+) -> tuple[jax.Array, Any]:
+    """One layer: attention, MLP, residuals, and norms where the family has them.
+
+    Args:
+        c: The decoder.
+        p: The layer's parameters.
+        x_BTD: Its input.
+        view: What the queries may see.
+        flags: The layer's, see `layer_flags`.
+        kv: All layers' keys and values so far, or None without a cache.
+        cache: Where the tokens stand in it, or None.
+
+    Returns:
+        Its output, and all layers' keys and values.
+    """
+    y_BTD = norm(c, p, "attention_norm", x_BTD) if c.input_norms else x_BTD
+    attended_BTD, kv = _attend(c, p.attention, y_BTD, view, flags, kv, cache)
+    if c.parallel:
+        y_BTD = y_BTD if c.shared_norm else norm(c, p, "mlp_norm", x_BTD)
+        x_BTD = x_BTD + attended_BTD + _mlp(c, p.mlp, y_BTD)
+    else:
+        x_BTD = _add(c, p, "attention", x_BTD, attended_BTD)
+        y_BTD = norm(c, p, "mlp_norm", x_BTD) if c.input_norms else x_BTD
+        x_BTD = _add(c, p, "mlp", x_BTD, _mlp(c, p.mlp, y_BTD))
+    return constrain(x_BTD, "batch", None, None), kv
+
+
+def _add(c: DecoderConfig, p: Blocks, part: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The residual connection around attention or the MLP."""
+    if c.output_norms:
+        return x + norm(c, p, f"{part}_post_norm", y)
+    return norm(c, p, f"{part}_norm", x + y) if c.norm_placement == "post" else x + y
+
+
+def _attend(
+    c: DecoderConfig,
+    p: Attention,
+    y_BTD: jax.Array,
+    view: View,
+    flags: tuple[jax.Array, jax.Array, jax.Array],
+    kv: Any,
+    cache: KVCache | None,
+) -> tuple[jax.Array, Any]:
+    is_local, unrotated, index = flags
+    mask_BTS, angles = view.of(is_local, unrotated)
+
+    def heads(name: str) -> jax.Array:
+        x_BTX = _project(p, name, y_BTD)
+        if c.qk_norm == "all" and name != "value":
+            x_BTX = norm(c, p, f"{name}_norm", x_BTX)
+        x_BTHh = layers.head_split(x_BTX, c.head_dim)
+        if name == "value":
+            return x_BTHh
+        if c.qk_norm == "head":
+            x_BTHh = norm(c, p, f"{name}_norm", x_BTHh)
+        if c.positions != "rotary":
+            return x_BTHh
+        factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
+        return rotate(x_BTHh, angles, factor)
+
+    q, k, v = heads("query"), heads("key"), heads("value")
+    if cache is not None:
+        # The stacked cache is the scan's carry, so that XLA updates it in place.
+        start = (index, 0, cache.length, 0, 0)
+        kv = tuple(
+            jax.lax.dynamic_update_slice(all_, new[None].astype(all_.dtype), start)
+            for all_, new in zip(kv, (k, v), strict=True)
+        )
+        k, v = (
+            jax.lax.dynamic_index_in_dim(all_, index, keepdims=False).astype(q.dtype) for all_ in kv
+        )
+    y_BTHh = layers.attention(
+        q,
+        k,
+        v,
+        mask_BTS,
+        scale=c.query_scale,
+        softcap=c.attention_softcap,
+        bias_BHTS=view.bias_BHTS,
+    )
+    return _project(p, "out", y_BTHh.reshape(*y_BTD.shape[:2], -1)), kv
+
+
+def _mlp(c: DecoderConfig, p: MLP, y_BTD: jax.Array) -> jax.Array:
+    """(act(y · gate) * (y · up)) · down, or act(y · up) · down."""
+    act, up_BTF = layers.ACTIVATIONS[c.activation], _project(p, "up", y_BTD)
+    inner_BTF = act(_project(p, "gate", y_BTD)) * up_BTF if c.gated else act(up_BTF)
+    return _project(p, "down", inner_BTF)
+
+
+def _project(module: nnx.Module, name: str, x_BTX: jax.Array) -> jax.Array:
+    y_BTY = x_BTX @ getattr(module, name)[...]
+    added = getattr(module, f"{name}_bias", None)
+    return y_BTY if added is None else y_BTY + added[...].astype(y_BTY.dtype)[None, None]
