@@ -1,6 +1,7 @@
 """One block of the decoder: parameters of all layers, stacked, and what one layer computes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from uld_jax.models import layers
 from uld_jax.models.cache import KVCache
 from uld_jax.models.config import DecoderConfig
+from uld_jax.models.flash import splash_attention
 from uld_jax.models.rope import rotary_angles, rotary_frequencies, rotate
 from uld_jax.sharding import constrain
 
@@ -135,15 +137,23 @@ class View:
         q_positions: int32[B, T], positions of the queries.
         k_positions: int32[B, S], positions of the keys.
         mask_BTS: True where a query of a layer that sees all sees a key.
+        backend: "xla", "cudnn" or "splash", which sees by order and segments, not by the mask.
+        segments_BT: int32[B, T] for "splash", or None for one segment.
     """
 
     def __init__(
-        self, c: DecoderConfig, q_positions: jax.Array, k_positions: jax.Array, mask_BTS: jax.Array
+        self,
+        c: DecoderConfig,
+        q_positions: jax.Array,
+        k_positions: jax.Array,
+        mask_BTS: jax.Array,
+        backend: str = "xla",
+        segments_BT: jax.Array | None = None,
     ) -> None:
-        self.config = c
+        self.config, self.backend, self.segments_BT = c, backend, segments_BT
         room = {"length": k_positions.shape[1], "max_positions": c.max_positions}
-        self.bias_BHTS = None
-        rotations: list[jax.Array | None] = [None, None]
+        self.bias_BHTS: jax.Array | None = None
+        rotations: list[Any] = [None, None]
         if c.positions == "rotary":
             for kind, (theta, scaling) in enumerate(
                 ((c.rope_theta, c.rope_scaling), (c.rope_local_theta, c.rope_local_scaling))
@@ -152,7 +162,7 @@ class View:
                 rotations[kind] = rotary_angles(q_positions, frequencies)
         elif c.positions == "alibi":
             distance = (k_positions[:, None, :] - q_positions[:, :, None]).astype(jnp.float32)
-            slopes = layers.alibi_slopes(c.heads)
+            slopes = jnp.asarray(layers.alibi_slopes(c.heads))
             self.bias_BHTS = slopes[None, :, None, None] * distance[:, None]
         self._all = (mask_BTS, rotations[0])
         if c.window:
@@ -173,6 +183,35 @@ class View:
         if any(c.unrotated_layers):
             angles = jnp.where(unrotated, 0, angles)
         return mask, angles
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, is_local: jax.Array, mask_BTS: jax.Array
+    ) -> jax.Array:
+        """One layer's attention, [B, T, H, h]."""
+        c = self.config
+        if self.backend != "splash":
+            return layers.attention(
+                q,
+                k,
+                v,
+                mask_BTS,
+                scale=c.query_scale,
+                softcap=c.attention_softcap,
+                bias_BHTS=self.bias_BHTS,
+                implementation="cudnn" if self.backend == "cudnn" else "xla",
+            )
+        within = functools.partial(
+            splash_attention,
+            q,
+            k,
+            v,
+            self.segments_BT,
+            scale=c.query_scale,
+            softcap=c.attention_softcap,
+        )
+        if c.window and not all(c.local_layers):
+            return jax.lax.cond(is_local, lambda: within(window=c.window), within)
+        return within(window=c.window)
 
 
 def layer_flags(c: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -203,6 +242,7 @@ def run_block(
     flags: tuple[jax.Array, jax.Array, jax.Array],
     kv: Any,
     cache: KVCache | None,
+    cross: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """One layer: attention, MLP, residuals, and norms where the family has them.
 
@@ -214,6 +254,7 @@ def run_block(
         flags: The layer's, see `layer_flags`.
         kv: All layers' keys and values so far, or None without a cache.
         cache: Where the tokens stand in it, or None.
+        cross: Applied between attention and the MLP: an encoder-decoder's cross-attention.
 
     Returns:
         Its output, and all layers' keys and values.
@@ -225,6 +266,7 @@ def run_block(
         x_BTD = x_BTD + attended_BTD + _mlp(c, p.mlp, y_BTD)
     else:
         x_BTD = _add(c, p, "attention", x_BTD, attended_BTD)
+        x_BTD = x_BTD if cross is None else cross(x_BTD)
         y_BTD = norm(c, p, "mlp_norm", x_BTD) if c.input_norms else x_BTD
         x_BTD = _add(c, p, "mlp", x_BTD, _mlp(c, p.mlp, y_BTD))
     return constrain(x_BTD, "batch", None, None), kv
@@ -274,15 +316,7 @@ def _attend(
         k, v = (
             jax.lax.dynamic_index_in_dim(all_, index, keepdims=False).astype(q.dtype) for all_ in kv
         )
-    y_BTHh = layers.attention(
-        q,
-        k,
-        v,
-        mask_BTS,
-        scale=c.query_scale,
-        softcap=c.attention_softcap,
-        bias_BHTS=view.bias_BHTS,
-    )
+    y_BTHh = view.attend(q, k, v, is_local, mask_BTS)
     return _project(p, "out", y_BTHh.reshape(*y_BTD.shape[:2], -1)), kv
 
 

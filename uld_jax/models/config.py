@@ -68,7 +68,7 @@ class DecoderConfig:
         mlp_bias: Biases in the MLP.
         qk_norm: Norm of query and key before the rotation: "none", "head" (each head's) or "all"
             (all heads' together, OLMo 2).
-        positions: "rotary", "learned" or "alibi".
+        positions: "rotary", "learned" or "alibi" (or "relative": a stack of an encoder-decoder).
         position_offset: Rows of the learned position table before position 0 (OPT: 2).
         rope_fraction: Part of each head that is rotated.
         rope_theta: Rotary base of layers that attend to everything.
@@ -171,8 +171,10 @@ class Policy:
     Args:
         dtype: Activations and matrix products, "float32" or "bfloat16"; norms, softmax, losses
             and logits are float32 whatever it says.
-        remat: What the backward pass recomputes: "none", "dots" (everything but weight products)
-            or "full" (each block from its input).
+        remat: What the backward pass recomputes: "none", "dots" (everything but weight products),
+            "full" (each block from its input) or "offload" (as "dots", the products kept in the
+            host's memory).
+        attention: How whole sequences attend: "xla", "cudnn" (NVIDIA), "splash" (TPU), or "auto".
 
     Example:
         >>> Policy(dtype="bfloat16", remat="full").remat
@@ -181,3 +183,4 @@ class Policy:
 
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"

@@ -10,6 +10,7 @@ from uld_jax.models import layers
 from uld_jax.models.block import Blocks, View, add_norm, layer_flags, norm, run_block, weight
 from uld_jax.models.cache import KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
+from uld_jax.models.flash import choose_backend
 from uld_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -99,11 +100,13 @@ class Decoder(nnx.Module):
 
         (With an embedding of another width, OPT-350m, they have that width.)
         """
+        backend = "xla"
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            backend = choose_backend(self.config, self.policy, tokens_BT.shape[1])
         mask = layers.attention_mask(positions, positions, segment_ids, segment_ids)
-        x_BTD, _ = self._run(tokens_BT, positions, positions, mask, None)
-        return x_BTD
+        view = View(self.config, positions, positions, mask, backend, segment_ids)
+        return self._run(tokens_BT, positions, view, None)[0]
 
     def read(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
@@ -121,7 +124,8 @@ class Decoder(nnx.Module):
         slots = (0, cache.length)
         k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, slots)
         mask = layers.attention_mask(positions_BT, k_positions)
-        x_BTD, (k, v) = self._run(tokens_BT, positions_BT, k_positions, mask, cache)
+        view = View(self.config, positions_BT, k_positions, mask)
+        x_BTD, (k, v) = self._run(tokens_BT, positions_BT, view, cache)
         length = (cache.length + tokens_BT.shape[1]) % k_positions.shape[1]
         return x_BTD, KVCache(k, v, k_positions, length)
 
@@ -150,15 +154,13 @@ class Decoder(nnx.Module):
     def _run(
         self,
         tokens_BT: jax.Array,
-        q_positions: jax.Array,
-        k_positions: jax.Array,
-        mask_BTS: jax.Array,
+        positions_BT: jax.Array,
+        view: View,
         cache: KVCache | None,
     ) -> tuple[jax.Array, Any]:
         """Embeds, scans the block over the layers, and norms."""
         c, dtype = self.config, jnp.dtype(self.policy.dtype)
-        x_BTD = self._embed(tokens_BT, q_positions, dtype)
-        view = View(c, q_positions, k_positions, mask_BTS)
+        x_BTD = self._embed(tokens_BT, positions_BT, dtype)
         graph, params = nnx.split(self.blocks)
 
         def body(carry: Any, layer: Any) -> tuple[Any, None]:

@@ -1,5 +1,7 @@
 """The decoder's parts as pure functions over arrays: norms, attention, MLP."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,7 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     bias_BHTS: jax.Array | None = None,
+    implementation: Literal["xla", "cudnn"] = "xla",
 ) -> jax.Array:
     """Grouped-query attention, softmax in float32.
 
@@ -130,6 +133,7 @@ def attention(
         scale: Factor on the products.
         softcap: c in c · tanh(score / c); 0 for none.
         bias_BHTS: Added to the scores (ALiBi), or None.
+        implementation: Of `jax.nn.dot_product_attention`; a soft-cap is always "xla".
 
     Returns:
         [B, T, H, h] in the queries' dtype.
@@ -142,7 +146,13 @@ def attention(
     if not softcap:
         mask_BHTS = mask_BTS[:, None, :, :]
         return jax.nn.dot_product_attention(
-            q_BTHh, k_BSKh, v_BSKh, bias=bias_BHTS, mask=mask_BHTS, scale=scale
+            q_BTHh,
+            k_BSKh,
+            v_BSKh,
+            bias=bias_BHTS,
+            mask=mask_BHTS,
+            scale=scale,
+            implementation=implementation,
         )
     # jax.nn.dot_product_attention has no soft-cap.
     b, t, h, d = q_BTHh.shape
