@@ -93,6 +93,10 @@ class Weight:
         return "{layer}" in self.hf
 
 
+def _no_gguf(meta: Mapping[str, Any]) -> DecoderConfig:
+    raise UserError(f"GGUF files of architecture {meta['general.architecture']!r} are not read")
+
+
 def _keep(config: DecoderConfig, weight: Weight, tensor: np.ndarray) -> np.ndarray:
     return tensor
 
@@ -111,7 +115,9 @@ class Family:
         config_from_gguf: GGUF metadata to ours; the dict has a key per metadata field and
             "tensors", each tensor name with its shape.
         gguf_to_hf: Undoes what llama.cpp's converter did to a tensor.
-        ignored: Hugging Face tensors that hold nothing to learn (buffers).
+        ignored: Endings of Hugging Face tensors that hold nothing to learn (buffers).
+        prefix: Of tensor names; older checkpoints on the hub lack it.
+        renamed: Tensor names of older checkpoints, and what they are called now.
     """
 
     model_type: str
@@ -120,9 +126,23 @@ class Family:
     config_to_hf: Callable[[DecoderConfig], transformers.PretrainedConfig]
     weights: Callable[[DecoderConfig], tuple[Weight, ...]]
     gguf_architecture: str = ""
-    config_from_gguf: Callable[[Mapping[str, Any]], DecoderConfig] | None = None
+    config_from_gguf: Callable[[Mapping[str, Any]], DecoderConfig] = _no_gguf
     gguf_to_hf: Callable[[DecoderConfig, Weight, np.ndarray], np.ndarray] = _keep
     ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def tensor_name(self, stored: str) -> str:
+        """The present name of a tensor that a checkpoint may store under an older one.
+
+        Example:
+            >>> from uld_jax.models.families import by_model_type
+            >>> by_model_type("gpt2", "config.json").tensor_name("wte.weight")
+            'transformer.wte.weight'
+        """
+        name = self.renamed.get(stored, stored)
+        known = name.startswith((self.prefix, "lm_head."))
+        return name if known else self.prefix + name
 
 
 def hf_names(weight: Weight, layers: int) -> Iterator[str]:
@@ -194,124 +214,3 @@ def gated_decoder_weights(config: DecoderConfig) -> tuple[Weight, ...]:
     if not config.tied:
         rows.append(Weight("head", "lm_head.weight", "output.weight"))
     return tuple(rows)
-
-
-def end_ids(value: int | list[int] | None) -> int | tuple[int, ...] | None:
-    """A Hugging Face `eos_token_id`, hashable where it names several.
-
-    Example:
-        >>> end_ids([1, 106])
-        (1, 106)
-    """
-    return tuple(value) if isinstance(value, list) else value
-
-
-def fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The DecoderConfig fields that every gated decoder's Hugging Face config names alike.
-
-    Args:
-        hf: The config as a dict.
-
-    Returns:
-        Field to value, ready to be passed on to DecoderConfig.
-
-    Example:
-        >>> fields_from_hf(transformers.LlamaConfig(num_hidden_layers=3).to_dict())["layers"]
-        3
-    """
-    heads = hf["num_attention_heads"]
-    return {
-        "vocab_size": hf["vocab_size"],
-        "width": hf["hidden_size"],
-        "layers": hf["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
-        "mlp_width": hf["intermediate_size"],
-        "norm_eps": hf["rms_norm_eps"],
-        "tied": hf["tie_word_embeddings"],
-        "max_positions": hf["max_position_embeddings"],
-        "bos_id": hf.get("bos_token_id"),
-        "eos_id": end_ids(hf.get("eos_token_id")),
-        "pad_id": hf.get("pad_token_id"),
-    }
-
-
-def fields_to_hf(c: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `fields_from_hf`.
-
-    Args:
-        c: The decoder.
-
-    Returns:
-        Hugging Face field to value, ready to be passed on to its config class.
-
-    Example:
-        >>> from uld_jax.testing import tiny_config
-        >>> fields_to_hf(tiny_config())["num_hidden_layers"]
-        2
-    """
-    return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.mlp_width,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tied,
-        "max_position_embeddings": c.max_positions,
-        "bos_token_id": c.bos_id,
-        "eos_token_id": list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id,
-        "pad_token_id": c.pad_id,
-    }
-
-
-def fields_from_gguf(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The DecoderConfig fields that every gated decoder's GGUF metadata names alike.
-
-    Args:
-        meta: The metadata, see `Family.config_from_gguf`.
-
-    Returns:
-        Field to value, ready to be passed on to DecoderConfig.
-
-    Raises:
-        KeyError: A field that the architecture requires is missing.
-    """
-    name = meta["general.architecture"]
-    heads, width = meta[f"{name}.attention.head_count"], meta[f"{name}.embedding_length"]
-    return {
-        "vocab_size": meta["tensors"]["token_embd.weight"][0],
-        "width": width,
-        "layers": meta[f"{name}.block_count"],
-        "heads": heads,
-        "kv_heads": meta.get(f"{name}.attention.head_count_kv", heads),
-        "head_dim": meta.get(f"{name}.attention.key_length", width // heads),
-        "mlp_width": meta[f"{name}.feed_forward_length"],
-        "norm_eps": meta[f"{name}.attention.layer_norm_rms_epsilon"],
-        "tied": "output.weight" not in meta["tensors"],
-        "max_positions": meta[f"{name}.context_length"],
-        "bos_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_id": meta.get("tokenizer.ggml.eos_token_id"),
-        "pad_id": meta.get("tokenizer.ggml.padding_token_id"),
-    }
-
-
-def refuse(family: str, **unsupported: Any) -> None:
-    """Raises where a Hugging Face config asks for something this family's code does not do.
-
-    Args:
-        family: Named in the error.
-        **unsupported: Field name to its value; None, False, 0 and "" pass.
-
-    Raises:
-        UserError: Names every field and its value.
-
-    Example:
-        >>> refuse("llama", attention_bias=False)
-    """
-    found = ", ".join(f"{name}={value!r}" for name, value in unsupported.items() if value)
-    if found:
-        raise UserError(f"config.json of model_type '{family}': unsupported: {found}")

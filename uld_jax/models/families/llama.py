@@ -7,15 +7,8 @@ import numpy as np
 import transformers
 
 from uld_jax.models.config import DecoderConfig
-from uld_jax.models.families.base import (
-    Family,
-    Weight,
-    fields_from_gguf,
-    fields_from_hf,
-    fields_to_hf,
-    gated_decoder_weights,
-    refuse,
-)
+from uld_jax.models.families.base import Family, Weight, gated_decoder_weights
+from uld_jax.models.families.fields import fields_from_gguf, fields_from_hf, fields_to_hf, refuse
 from uld_jax.models.families.rope import rope_fields, rope_parameters
 
 
