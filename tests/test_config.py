@@ -4,6 +4,7 @@ import json
 import pytest
 
 from uld_jax.config import (
+    BaseModelConfig,
     DataConfig,
     LossConfig,
     ModelConfig,
@@ -36,7 +37,7 @@ def test_paper_settings_are_the_defaults_and_not_those_of_optax():
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_field_is_documented(name):
-    described = GROUPS[name].__doc__ + ModelConfig.__doc__
+    described = GROUPS[name].__doc__ + BaseModelConfig.__doc__
     for field in dataclasses.fields(GROUPS[name]):
         assert f"\n        {field.name}: " in described
 
@@ -140,6 +141,9 @@ UNSOUND = {
     "student.shots": -1,
     "student.chat": "yes",
     "student.max_length": 0,
+    "student.lora_rank": -1,
+    "student.lora_alpha": 0.0,
+    "student.lora_targets": "attention.query,mlp",
     "teacher.source": "",
     "teacher.dtype": "float16",
     "teacher.param_dtype": "float64",
@@ -148,6 +152,7 @@ UNSOUND = {
     "teacher.chat": "yes",
     "teacher.max_length": 0,
     "teacher.mode": "offline",
+    "teacher.quantize": "int2",
     "teacher.max_new_tokens": 0,
     "teacher.batch_size": 0,
     "data.source": "",
@@ -232,6 +237,12 @@ def test_wrong_type_from_a_config_file_is_reported_and_not_compared():
             8,
             "teacher.max_new_tokens: expected less than teacher.max_length = 32, which holds "
             "prompt and answer, got 32; set --config.teacher.max_length higher",
+        ),
+        (
+            {"student.lora_targets": "mlp.up"},
+            8,
+            "student.lora_targets: expected nothing where student.lora_rank is 0 (train all "
+            "weights), got 'mlp.up'; set --config.student.lora_rank=8",
         ),
         ({"student.max_length": 20}, 8, "eval.max_new_tokens: expected less than student.max_len"),
         (

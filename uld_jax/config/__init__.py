@@ -7,6 +7,7 @@ sets single fields from the command line, and `resolve` reports every mistake at
 from uld_jax.config.convert import apply_overrides, differences, from_dict, to_dict
 from uld_jax.config.files import load
 from uld_jax.config.schema import (
+    BaseModelConfig,
     DataConfig,
     EvalConfig,
     LossConfig,
@@ -20,6 +21,7 @@ from uld_jax.config.schema import (
 from uld_jax.config.validation import resolve, validate
 
 __all__ = [
+    "BaseModelConfig",
     "DataConfig",
     "EvalConfig",
     "LossConfig",

@@ -34,12 +34,21 @@ def _fraction(default: float) -> Any:
     return _field(default, "a number > 0 and < 1", lambda value: 0 < value < 1)
 
 
+def _names(*options: str) -> Any:
+    """Some of `options`, with commas between them; none by default."""
+    return _field(
+        "",
+        f"names with commas between them, out of {', '.join(options)}",
+        lambda value: not value or set(value.split(",")) <= set(options),
+    )
+
+
 def _axis(default: int) -> Any:
     return _field(default, "an integer >= 1, or -1", lambda value: value >= 1 or value == -1)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class BaseModelConfig:
     """A model, its precision, and how prompts are written for it.
 
     Attributes:
@@ -62,17 +71,38 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherConfig(ModelConfig):
+class ModelConfig(BaseModelConfig):
+    """The student: a model, and which of its weights are trained.
+
+    Attributes:
+        lora_rank: rank of low-rank adapters, which alone are trained; 0 = train all weights.
+        lora_alpha: the adapters' product counts lora_alpha / lora_rank times.
+        lora_targets: matrices to adapt, with commas between them; empty = all of every layer.
+    """
+
+    lora_rank: int = _at_least(0, 0)
+    lora_alpha: float = _positive(16.0)
+    lora_targets: str = _names(
+        *(f"attention.{name}" for name in ("query", "key", "value", "out")),
+        *(f"cross.{name}" for name in ("query", "key", "value", "out")),
+        *(f"mlp.{name}" for name in ("gate", "up", "down")),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(BaseModelConfig):
     """The teacher: a model, and how its signal and its answers are obtained.
 
     Attributes:
         mode: online: the teacher runs beside the student.
+        quantize: hold its matrices in fewer bits: empty (as loaded) | int8 | int4.
         append_eos: end its answer with its end-of-sequence token.
         max_new_tokens: tokens; the longest answer that it generates (the paper's runs: 150).
         batch_size: prompts that it answers at a time.
     """
 
     mode: str = _choice("online")
+    quantize: str = _field("", "empty, int8 or int4", ("", "int8", "int4").__contains__)
     append_eos: bool = False
     max_new_tokens: int = _at_least(1, 32)
     batch_size: int = _at_least(1, 16)

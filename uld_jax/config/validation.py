@@ -34,6 +34,11 @@ got ''; set --config.student.source=..."
             "loss: expected uld_weight or ce_weight > 0, got 0 for both; "
             "set --config.loss.uld_weight=1.5"
         )
+    if sound("student.lora_") and config.student.lora_targets and not config.student.lora_rank:
+        errors.append(
+            "student.lora_targets: expected nothing where student.lora_rank is 0 (train all "
+            f"weights), got {config.student.lora_targets!r}; set --config.student.lora_rank=8"
+        )
     errors += [
         _no_room(answer, length, values[answer], values[length])
         for answer, length in (

@@ -1,0 +1,120 @@
+"""The products of a model: by a plain matrix, a quantised one, or one with a low-rank adapter.
+
+What a matrix `name` of a module is beyond its values stands beside it, as its bias does:
+`{name}_scale` where it is quantised, `{name}_lora_a` and `{name}_lora_b` where it is adapted. All
+are parameters like any other, stacked over the layers and with logical axes, so that scans, meshes
+and checkpoints need to know of neither. (qwix's own providers intercept the products of a module
+that they trace, and cannot: here one scanned function multiplies slices of stacked arrays.)
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+
+SCALE, LORA_A, LORA_B = "_scale", "_lora_a", "_lora_b"
+
+
+def project(module: Any, name: str, x: jax.Array) -> jax.Array:
+    """X · W, and where the module has them + alpha / rank · x · A · B and + bias.
+
+    Args:
+        module: Holds the parameters of one layer.
+        name: The matrix.
+        x: [..., in].
+
+    Returns:
+        [..., out] in x's dtype.
+
+    Example:
+        >>> module = nnx.Module()
+        >>> module.up, module.up_bias = nnx.Param(jnp.eye(2)), nnx.Param(jnp.ones(2))
+        >>> project(module, "up", jnp.array([[1.0, 2.0]])).tolist()
+        [[2.0, 3.0]]
+    """
+    # Of rows alone: with two leading axes XLA's CPU compiler fuses the gradient's elementwise part
+    # into a transposed copy, a fifth of a backward pass.
+    rows = x.reshape(-1, x.shape[-1]) @ matrix(module, name).astype(x.dtype)
+    y = rows.reshape(*x.shape[:-1], -1)
+    if hasattr(module, name + LORA_A):
+        a, b = (getattr(module, name + part)[...].astype(x.dtype) for part in (LORA_A, LORA_B))
+        y += (x @ a) @ b * module.lora_scale
+    if hasattr(module, f"{name}_bias"):
+        added = getattr(module, f"{name}_bias")[...].astype(y.dtype)
+        y += jnp.expand_dims(added, tuple(range(y.ndim - 1)))
+    return y
+
+
+def matrix(module: nnx.Module, name: str) -> jax.Array:
+    """A matrix as numbers, without its adapter.
+
+    Args:
+        module: Holds it.
+        name: Which.
+
+    Returns:
+        Its values, or those that a quantised one stands for.
+
+    Example:
+        >>> module = nnx.Module()
+        >>> module.up = nnx.Param(jnp.array([[2, 4]], "int8"))
+        >>> module.up_scale = nnx.Param(jnp.array([[0.5, 0.25]]))
+        >>> matrix(module, "up").tolist()
+        [[1.0, 1.0]]
+    """
+    values = getattr(module, name)[...]
+    if not hasattr(module, name + SCALE):
+        return values
+    return qwix.dequantize(qwix.QArray(values, getattr(module, name + SCALE)[...]))
+
+
+def table_rows(module: nnx.Module, name: str, index: jax.Array) -> jax.Array:
+    """Rows of an embedding table.
+
+    Args:
+        module: Holds it.
+        name: Which.
+        index: Integers of any shape.
+
+    Returns:
+        [*index.shape, D].
+
+    Example:
+        >>> module = nnx.Module()
+        >>> module.embed = nnx.Param(jnp.array([[2, 4], [6, 8]], "int8"))
+        >>> module.embed_scale = nnx.Param(jnp.array([[0.5], [0.25]]))
+        >>> table_rows(module, "embed", jnp.array([1])).tolist()
+        [[1.5, 2.0]]
+    """
+    taken = getattr(module, name)[...][index]
+    if not hasattr(module, name + SCALE):
+        return taken
+    return qwix.dequantize(qwix.QArray(taken, getattr(module, name + SCALE)[...][index]))
+
+
+def layer_matrices(model: nnx.Module) -> Iterator[tuple[str, Any, str]]:
+    """Every matrix that each layer has of its own: what can be quantised to 4 bits, or adapted.
+
+    Args:
+        model: A model with parameters stacked over its layers.
+
+    Yields:
+        Its path, the module that holds it, and its name there.
+
+    Example:
+        >>> from uld_jax.models import Decoder
+        >>> from uld_jax.testing import tiny_config
+        >>> [path for path, _, _ in layer_matrices(Decoder(tiny_config(), rngs=nnx.Rngs(0)))][:2]
+        ['blocks.attention.key', 'blocks.attention.out']
+    """
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        names = [str(part) for part in path]
+        own = param.get_metadata("axes")[0] == "layers" and len(param.shape) == 3
+        if own and not names[-1].endswith((SCALE, LORA_A, LORA_B)):
+            module: Any = model
+            for name in names[:-1]:
+                module = getattr(module, name)
+            yield ".".join(names), module, names[-1]
