@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# XLA has a thread a device: one that runs two collectives at once would wait for ever.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest

@@ -1,6 +1,7 @@
 """Tiny models, configs and batches for tests and examples: seconds, not minutes."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -8,7 +9,7 @@ import transformers
 from flax import nnx
 
 from uld_jax.data import Encoded, Pair, collate
-from uld_jax.models import Decoder, DecoderConfig, LoadedModel
+from uld_jax.models import DecoderConfig, EncoderDecoderConfig, LoadedModel, model_class
 
 
 def tiny_config(**changes: object) -> DecoderConfig:
@@ -71,6 +72,39 @@ def tiny_gemma(**changes: object) -> DecoderConfig:
     return tiny_config(**(gemma | changes))
 
 
+def tiny_t5(**changes: object) -> EncoderDecoderConfig:
+    """A tiny encoder-decoder as mT5 and mT0: gated GELU, a head of its own, stacks of two sizes.
+
+    Args:
+        **changes: Fields of EncoderDecoderConfig to change.
+
+    Returns:
+        The config.
+
+    Example:
+        >>> tiny_t5(gated=False).encoder_layers
+        2
+    """
+    base = EncoderDecoderConfig(
+        family="mt5",
+        vocab_size=64,
+        width=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        heads=4,
+        head_dim=6,
+        mlp_width=48,
+        activation="gelu_tanh",
+        gated=True,
+        buckets=8,
+        max_distance=16,
+        tied=False,
+        scaled_head=False,
+        eos_id=2,
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
 TOY_TEXT = (
     "The old mill stands by the river and grinds wheat for the village bakery.",
     "A lighthouse keeper climbs ninety steps each evening to light the lamp.",
@@ -131,7 +165,10 @@ def toy_tokenizer(
 
 
 def tiny_model(
-    config: DecoderConfig | None = None, *, kind: str = "byte_level", seed: int = 0
+    config: DecoderConfig | EncoderDecoderConfig | None = None,
+    *,
+    kind: str = "byte_level",
+    seed: int = 0,
 ) -> LoadedModel:
     """A tiny random model whose vocabulary is that of a toy tokenizer.
 
@@ -148,8 +185,8 @@ def tiny_model(
         True
     """
     tokenizer = toy_tokenizer(kind=kind)
-    config = dataclasses.replace(config or tiny_config(), vocab_size=len(tokenizer))
-    return LoadedModel(Decoder(config, rngs=nnx.Rngs(seed)), tokenizer, config)
+    sized: Any = dataclasses.replace(config or tiny_config(), vocab_size=len(tokenizer))
+    return LoadedModel(model_class(sized)(sized, rngs=nnx.Rngs(seed)), tokenizer, sized)
 
 
 def toy_batch(*, rows: int = 8, groups: int = 1, micro_batches: int = 1) -> dict[str, np.ndarray]:

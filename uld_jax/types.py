@@ -77,6 +77,11 @@ class Batch:
         targets: i32[M, G, N], student token ids.
         ce_weight: f32[M, G, N], 0 on padding.
         uld_weight: f32[M, G, N], 0 where no teacher position is aligned.
+        student_encoder_tokens: i32[M, B, P], the prompts of an encoder-decoder, whose
+            `student_tokens` are the answers; None for a decoder.
+        student_encoder_segment_ids: i32[M, B, P].
+        teacher_encoder_tokens: The same of the teacher.
+        teacher_encoder_segment_ids: The same of the teacher.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,6 +99,27 @@ class Batch:
     targets: jax.Array
     ce_weight: jax.Array
     uld_weight: jax.Array
+    student_encoder_tokens: jax.Array | None = None
+    student_encoder_segment_ids: jax.Array | None = None
+    teacher_encoder_tokens: jax.Array | None = None
+    teacher_encoder_segment_ids: jax.Array | None = None
+
+    @property
+    def student_inputs(self) -> dict[str, jax.Array]:
+        """The arguments of the student's `hidden`."""
+        return self._inputs("student")
+
+    @property
+    def teacher_inputs(self) -> dict[str, jax.Array]:
+        """The arguments of the teacher's `hidden`."""
+        return self._inputs("teacher")
+
+    def _inputs(self, side: str) -> dict[str, jax.Array]:
+        names = {"tokens_BT": "tokens"} | {
+            name: name for name in ("segment_ids", "encoder_tokens", "encoder_segment_ids")
+        }
+        arrays = {name: getattr(self, f"{side}_{field}") for name, field in names.items()}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     @property
     def micro_batches(self) -> int:

@@ -231,3 +231,28 @@ def test_importing_the_data_layer_is_cheap():
 def test_sizes_that_do_not_fit(changes, message):
     with pytest.raises(UserError, match=message):
         loader(**changes)
+
+
+def test_prompts_of_an_encoder_have_their_own_padded_length():
+    def apart(side):
+        start = side.answer[0]
+        answer = np.concatenate([[0], side.tokens[start:]]).astype(np.int32)
+        return Encoded(answer, np.arange(1, len(answer), dtype=np.int32), side.tokens[:start])
+
+    pairs = [Pair(pair.id, apart(pair.student), pair.teacher) for pair in PAIRS]
+    made = loader(pairs, buckets=2, length_multiple=4)
+    for batch in batches(made):
+        shape = next(
+            s
+            for s in made.shapes
+            if batch["teacher_tokens"].shape[-1] == s.teacher_length
+            and batch["student_encoder_tokens"].shape[-1] == s.student_encoder_length
+        )
+        assert batch["student_tokens"].shape[-1] == shape.student_length
+        assert shape.teacher_encoder_length == 0
+        assert "teacher_encoder_tokens" not in batch
+        assert (
+            batch["student_encoder_segment_ids"].any(-1) == (batch["student_segment_ids"].any(-1))
+        ).all()
+    longest = max(len(pair.student.encoder) for pair in pairs)
+    assert max(s.student_encoder_length for s in made.shapes) == -(-longest // 4) * 4

@@ -138,11 +138,52 @@ def test_padding_rows_weigh_nothing():
     ("changes", "message"),
     [
         ({"positions": 2}, "a group has 3 answer positions, expected <= 2"),
-        ({"student_length": 4}, "row 0 has 5 tokens, expected <= 4"),
-        ({"teacher_length": 5}, "row 0 has 6 tokens, expected <= 5"),
+        ({"student_length": 4}, "row 0 of student has 5 tokens, expected <= 4"),
+        ({"teacher_length": 5}, "row 0 of teacher has 6 tokens, expected <= 5"),
         ({"groups": 2}, "1 rows do not divide into 1 x 2 groups"),
     ],
 )
 def test_too_small(changes, message):
     with pytest.raises(ValueError, match=message):
         pack([pair((2, 3), (4, 2))], **changes)
+
+
+def asks(prompt, answer, base):
+    """As an encoder-decoder reads it: the prompt apart, the answer after a start token."""
+    tokens = np.arange(base, base + 1 + answer, dtype=np.int32)
+    tokens[0] = 0
+    prompt_ids = np.arange(base + 50, base + 50 + prompt, dtype=np.int32)
+    return Encoded(tokens, np.arange(1, 1 + answer, dtype=np.int32), prompt_ids)
+
+
+def test_an_encoder_decoder_batch_by_hand():
+    pairs = [
+        Pair("0", asks(3, 2, base=100), encoded(4, 2, base=500)),
+        None,
+        Pair("1", asks(1, 3, base=200), encoded(2, 2, base=600)),
+    ]
+    batch = pack(pairs, student_length=4, student_encoder_length=3, positions=6)
+    expected = {
+        "student_tokens": [[0, 101, 102, 7], [7] * 4, [0, 201, 202, 203]],
+        "student_segment_ids": [[1, 1, 1, 0], [0] * 4, [1] * 4],
+        "student_encoder_tokens": [[150, 151, 152], [7] * 3, [250, 7, 7]],
+        "student_encoder_segment_ids": [[1, 1, 1], [0] * 3, [1, 0, 0]],
+        "student_index": [[0, 1, 8, 9, 10, 0]],
+        "targets": [[101, 102, 201, 202, 203, 0]],
+        "teacher_index": [[3, 4, 21, 22, 0, 0]],
+        "uld_weight": [[1, 1, 1, 1, 0, 0]],
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(batch[name], [value], err_msg=name)
+    assert "teacher_encoder_tokens" not in batch
+    with pytest.raises(ValueError, match="row 0 of student_encoder has 3 tokens, expected <= 2"):
+        pack(pairs, student_length=4, student_encoder_length=2)
+
+
+def test_a_teacher_may_be_an_encoder_decoder():
+    pairs = [Pair("0", encoded(4, 2, base=100), asks(3, 2, base=500))]
+    batch = pack(pairs, teacher_length=4, teacher_encoder_length=4)
+    np.testing.assert_array_equal(batch["teacher_encoder_tokens"], [[[550, 551, 552, 9]]])
+    np.testing.assert_array_equal(batch["teacher_tokens"], [[[0, 501, 502, 9]]])
+    np.testing.assert_array_equal(batch["teacher_index"][0, 0, :2], [0, 1])
+    assert "student_encoder_tokens" not in batch

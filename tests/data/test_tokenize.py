@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -188,3 +190,61 @@ def test_chat_without_a_template(byte_tokenizer, piece_tokenizer):
     both = sides(byte_tokenizer, piece_tokenizer, shots=0, chat=True)
     with pytest.raises(UserError, match="has no chat template"):
         encode_pairs([example(0)], {"0": "Oslo"}, **both)
+
+
+def test_an_encoder_decoder_reads_prompt_and_answer_apart(tokenizer):
+    encoded = encode(tokenizer, PROMPT, "Oslo 27", append_eos=True, chat=False, start_id=5)
+    eos = tokenizer.eos_token_id
+    prompt = encode_prompt(tokenizer, PROMPT, chat=False)
+    # One end-of-text token behind the prompt, whether or not the tokenizer adds one by itself.
+    np.testing.assert_array_equal(encoded.encoder, [*prompt, eos])
+    assert (encoded.tokens[0], encoded.tokens[-1]) == (5, eos)
+    np.testing.assert_array_equal(encoded.answer, range(1, len(encoded.tokens)))
+    assert tokenizer.decode(encoded.tokens[1:-1]).strip() == "Oslo 27"
+    assert tokenizer.bos_token_id not in encoded.tokens[1:].tolist()
+    assert encoded.length == len(prompt) + 1 + len(encoded.tokens)
+    without = encode(tokenizer, PROMPT, "Oslo 27", append_eos=False, chat=False, start_id=5)
+    np.testing.assert_array_equal(without.tokens, encoded.tokens[:-1])
+
+
+def test_prompts_of_an_encoder_decoder_are_what_its_encoder_reads(eos_tokenizer):
+    examples = [example(number) for number in range(3)]
+    side = Side(eos_tokenizer, 400, append_eos=True, start_id=0)
+    pairs, _ = encode_pairs(
+        examples,
+        {e.id: e.answers[0] for e in examples},
+        student=side,
+        teacher=Side(eos_tokenizer, 400, append_eos=False),
+    )
+    for prompt, pair in zip(tokenize.encode_prompts(examples, side), pairs, strict=True):
+        np.testing.assert_array_equal(prompt, pair.student.encoder)
+        assert prompt[-1] == eos_tokenizer.eos_token_id
+        assert len(pair.teacher.encoder) == 0
+
+
+def test_max_length_counts_encoder_and_decoder_together(eos_tokenizer):
+    examples, answers = [example(1)], {"1": "1 people"}
+    generous = Side(eos_tokenizer, 400, append_eos=True, start_id=0)
+    (pair,), _ = encode_pairs(examples, answers, student=generous, teacher=generous)
+    exact = pair.student.length
+    for limit, kept in ((exact, True), (exact - 1, False)):
+        side = Side(eos_tokenizer, limit, append_eos=True, start_id=0)
+        if kept:
+            encode_pairs(examples, answers, student=side, teacher=generous)
+        else:
+            with pytest.raises(UserError, match="1 over the student's max_length"):
+                encode_pairs(examples, answers, student=side, teacher=generous)
+
+
+def test_a_blank_answer_of_an_encoder_decoder_is_dropped(eos_tokenizer):
+    examples, answers = [example(1), example(2)], {"1": "1 people", "2": " "}
+    side = Side(eos_tokenizer, 400, append_eos=True, start_id=0)
+    pairs, dropped = encode_pairs(examples, answers, student=side, teacher=side)
+    assert ([pair.id for pair in pairs], dropped) == (["1"], Dropped(empty_answer=1))
+
+
+def test_an_encoder_decoder_needs_an_eos(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"expected one: set its eos_token$"):
+        encode(tokenizer, PROMPT, "Oslo", append_eos=False, chat=False, start_id=0)

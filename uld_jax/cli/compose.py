@@ -26,7 +26,7 @@ from rich.progress import (
 
 from uld_jax import config as configs
 from uld_jax import models
-from uld_jax.config import ModelConfig, RunConfig, TeacherConfig
+from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
 from uld_jax.data import Example, Side, chat_template, load_examples
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
@@ -119,7 +119,7 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
     return workdir
 
 
-def load_model(which: str, config: ModelConfig, mesh: Mesh) -> models.LoadedModel:
+def load_model(which: str, config: BaseModelConfig, mesh: Mesh) -> models.LoadedModel:
     """Loads the teacher or the student, with a spinner.
 
     Args:
@@ -143,11 +143,16 @@ def load_model(which: str, config: ModelConfig, mesh: Mesh) -> models.LoadedMode
         f"{which}: {os.path.basename(config.source)}, {count / 1e6:.0f} M parameters, "
         f"vocabulary {m.config.vocab_size:,}"
     )
+    if isinstance(config, TeacherConfig) and config.quantize:
+        with console.status(f"quantising the {which} to {config.quantize}"):
+            models.quantize(m.model, config.quantize)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(models.parameters(m.model)))
+        say(f"{which}: {config.quantize}, {held / 2**20:.0f} MiB")
     return m
 
 
 def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.LoadedModel:
-    """The student as a run's newest checkpoint has it, or as it was before training.
+    """The student as a run's newest checkpoint has it, or as it is before training.
 
     Args:
         config: The run.
@@ -158,17 +163,30 @@ def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.L
         The model.
 
     Raises:
-        UserError: A workdir without a checkpoint.
+        UserError: A workdir without a checkpoint, or adapters for matrices that it does not have.
     """
-    m = load_model("student", config.student, mesh)
+    student = config.student
+    m = load_model("student", student, mesh)
+    if student.lora_rank:
+        targets = student.lora_targets.split(",") if student.lora_targets else ()
+        models.add_adapters(
+            m.model,
+            rank=student.lora_rank,
+            alpha=student.lora_alpha,
+            targets=targets,
+            seed=config.train.seed,
+        )
+    graph, params, frozen = models.split_trained(m.model)
+    if student.lora_rank:
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        say(f"student: trained are adapters of rank {student.lora_rank}, {count / 1e6:.2f} M")
     if workdir is None:
         return m
-    graph, params = nnx.split(m.model)
     trained = restore_params(Path(workdir) / "checkpoints", params, mesh)
-    return dataclasses.replace(m, model=nnx.merge(graph, trained))
+    return dataclasses.replace(m, model=nnx.merge(graph, trained, *frozen))
 
 
-def side_of(config: ModelConfig, m: models.LoadedModel) -> Side:
+def side_of(config: BaseModelConfig, m: models.LoadedModel) -> Side:
     """How a model is prompted, from its config and its tokenizer.
 
     Args:
@@ -185,6 +203,7 @@ def side_of(config: ModelConfig, m: models.LoadedModel) -> Side:
         append_eos=config.append_eos if isinstance(config, TeacherConfig) else True,
         shots=config.shots,
         chat={"auto": templated, "always": True, "never": False}[config.chat],
+        start_id=m.config.start_id if isinstance(m.config, models.EncoderDecoderConfig) else None,
     )
 
 

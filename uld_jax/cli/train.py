@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
     teacher = compose.load_model("teacher", config.teacher, mesh)
-    student = compose.load_model("student", config.student, mesh)
+    student = compose.load_student(config, None, mesh)
     workdir = Path(args.workdir)
     job = _Run(config, workdir, mesh, student, teacher, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
@@ -166,7 +166,8 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
 def _distil(job: _Run, loader: Loader) -> models.Decoder:
     steps = step_count(loader, job.config)
     shapes = ", ".join(
-        f"{s.student_length}+{s.teacher_length} tokens, {s.positions} answer positions"
+        f"{s.student_encoder_length + s.student_length}+"
+        f"{s.teacher_encoder_length + s.teacher_length} tokens, {s.positions} answer positions"
         for s in loader.shapes
     )
     say(f"distilling: {steps} steps; padded sizes: {shapes}")

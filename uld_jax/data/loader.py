@@ -26,11 +26,15 @@ class BatchShape:
         student_length: T.
         teacher_length: S.
         positions: N, answer positions of a group.
+        student_encoder_length: Tokens of the student's encoder, 0 where it has none.
+        teacher_encoder_length: The teacher's.
     """
 
     student_length: int
     teacher_length: int
     positions: int
+    student_encoder_length: int = 0
+    teacher_encoder_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,9 +111,7 @@ class Loader:
         rows = self._layout.local_rows(planned.rows)
         return collate(
             [None if row == PADDING else self._pairs[row] for row in rows],
-            student_length=shape.student_length,
-            teacher_length=shape.teacher_length,
-            positions=shape.positions,
+            **dataclasses.asdict(shape),
             micro_batches=self._layout.micro_batches,
             groups=self._layout.local_groups,
             **self._collate_options,
@@ -167,7 +169,10 @@ def make_loader(
         UserError: There are no pairs, or the sizes do not divide.
     """
     _check(pairs, batch_size, epochs, buckets, micro_batches, groups, process_count)
-    lengths = np.array([(len(p.student.tokens), len(p.teacher.tokens)) for p in pairs])
+    sides = [(pair.student, pair.teacher) for pair in pairs]
+    lengths = np.array(
+        [[len(s.tokens) for s in both] + [len(s.encoder) for s in both] for both in sides]
+    )
     answer_lengths = np.array([len(pair.student.answer) for pair in pairs])
     bucket_of = assign_buckets(lengths.sum(axis=1), buckets)
     sizes = np.stack([lengths[bucket_of == b].max(axis=0) for b in range(bucket_of.max() + 1)])
@@ -178,12 +183,10 @@ def make_loader(
     ]
     positions = _positions(plan, answer_lengths, len(sizes), micro_batches * groups)
     shapes = tuple(
-        BatchShape(
-            _round_up(student, length_multiple),
-            _round_up(teacher, length_multiple),
-            _round_up(most, position_multiple),
+        BatchShape(student, teacher, _round_up(most, position_multiple), *encoders)
+        for (student, teacher, *encoders), most in zip(
+            _round_up(sizes, length_multiple).tolist(), positions.tolist(), strict=True
         )
-        for (student, teacher), most in zip(sizes.tolist(), positions.tolist(), strict=True)
     )
     options = {
         "convention": convention,
@@ -257,7 +260,7 @@ def _positions(
     return most
 
 
-def _round_up(size: int, multiple: int) -> int:
+def _round_up(size: Any, multiple: int) -> Any:
     return -(-size // multiple) * multiple
 
 

@@ -27,6 +27,8 @@ def collate(
     skip_teacher_eos: bool,
     student_pad_id: int,
     teacher_pad_id: int,
+    student_encoder_length: int = 0,
+    teacher_encoder_length: int = 0,
 ) -> dict[str, np.ndarray]:
     """Lay pairs out as [micro-batch, row, token] and their answers as [micro-batch, group, N].
 
@@ -48,10 +50,14 @@ def collate(
         skip_teacher_eos: Leave the teacher's last answer token out of the alignment.
         student_pad_id: Fills up student rows.
         teacher_pad_id: Fills up teacher rows.
+        student_encoder_length: P, tokens a prompt in the student's encoder is padded to; 0 where
+            it has none.
+        teacher_encoder_length: The teacher's.
 
     Returns:
         student_tokens, student_segment_ids: int32 [M, B/M, T]; segment 1 is text, 0 padding.
         teacher_tokens, teacher_segment_ids: int32 [M, B/M, S].
+        student_encoder_tokens, …_segment_ids, teacher_…: int32 [M, B/M, P], where P is not 0.
         student_index: int32 [M, G, N], row·T + t of the hidden state that predicts an answer
             token of the student.
         targets: int32 [M, G, N], that token.
@@ -67,12 +73,10 @@ def collate(
         raise ValueError(f"{len(pairs)} rows do not divide into {micro_batches} x {groups} groups")
     group_rows = len(pairs) // (micro_batches * groups)
     skips = {"skip_student_eos": skip_student_eos, "skip_teacher_eos": skip_teacher_eos}
-    student, student_segments = _pad_rows(
-        [pair and pair.student for pair in pairs], student_length, student_pad_id
-    )
-    teacher, teacher_segments = _pad_rows(
-        [pair and pair.teacher for pair in pairs], teacher_length, teacher_pad_id
-    )
+    students = [pair and pair.student for pair in pairs]
+    teachers = [pair and pair.teacher for pair in pairs]
+    rows = _pad_rows("student", students, student_length, student_encoder_length, student_pad_id)
+    rows |= _pad_rows("teacher", teachers, teacher_length, teacher_encoder_length, teacher_pad_id)
     flat = [
         _group_positions(
             pairs[start : start + group_rows],
@@ -84,12 +88,6 @@ def collate(
         )
         for start in range(0, len(pairs), group_rows)
     ]
-    rows = {
-        "student_tokens": student,
-        "student_segment_ids": student_segments,
-        "teacher_tokens": teacher,
-        "teacher_segment_ids": teacher_segments,
-    }
     batch = {
         name: array.reshape(micro_batches, groups * group_rows, -1) for name, array in rows.items()
     }
@@ -100,18 +98,25 @@ def collate(
 
 
 def _pad_rows(
-    rows: Sequence[Encoded | None], length: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    segments = np.zeros((len(rows), length), np.int32)
-    for row, encoded in enumerate(rows):
-        if encoded is None:
-            continue
-        if len(encoded.tokens) > length:
-            raise ValueError(f"row {row} has {len(encoded.tokens)} tokens, expected <= {length}")
-        tokens[row, : len(encoded.tokens)] = encoded.tokens
-        segments[row, : len(encoded.tokens)] = 1
-    return tokens, segments
+    side: str, rows: Sequence[Encoded | None], length: int, encoder_length: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """One side's arrays: what its decoder reads and, where it has one, its encoder."""
+    parts = {side: ([row and row.tokens for row in rows], length)}
+    if encoder_length:
+        parts[f"{side}_encoder"] = ([row and row.encoder for row in rows], encoder_length)
+    arrays = {}
+    for name, (texts, width) in parts.items():
+        tokens = np.full((len(rows), width), pad_id, np.int32)
+        segments = np.zeros((len(rows), width), np.int32)
+        for row, ids in enumerate(texts):
+            if ids is None:
+                continue
+            if len(ids) > width:
+                raise ValueError(f"row {row} of {name} has {len(ids)} tokens, expected <= {width}")
+            tokens[row, : len(ids)] = ids
+            segments[row, : len(ids)] = 1
+        arrays |= {f"{name}_tokens": tokens, f"{name}_segment_ids": segments}
+    return arrays
 
 
 def _group_positions(

@@ -22,12 +22,25 @@ class Encoded:
     """A prompt and its answer in the ids of one tokenizer.
 
     Attributes:
-        tokens: int32 [T], the whole text.
+        tokens: int32 [T], the whole text; for an encoder-decoder what its decoder reads: the
+            start token and the answer.
         answer: int32 [n], indices into `tokens` of the answer's tokens, ascending, never 0.
+        encoder: int32 [P], the prompt of an encoder-decoder; empty for a decoder.
     """
 
     tokens: np.ndarray
     answer: np.ndarray
+    encoder: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """What the model is given to answer, where there is no answer yet."""
+        return self.encoder if len(self.encoder) else self.tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.encoder) + len(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +68,7 @@ class Side:
         append_eos: Whether the end-of-text token is part of the answer.
         shots: Answered examples shown before each question.
         chat: Whether to write prompts in the tokenizer's chat template.
+        start_id: The token that an encoder-decoder's decoder reads first; None for a decoder.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -62,6 +76,7 @@ class Side:
     append_eos: bool
     shots: int = 0
     chat: bool = False
+    start_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +101,7 @@ def encode(
     *,
     append_eos: bool,
     chat: bool,
+    start_id: int | None = None,
 ) -> Encoded:
     """Tokenise prompt and answer as one text and mark the answer's tokens.
 
@@ -93,12 +109,16 @@ def encode(
     the separator, or straddles the border, does. Tokens that the tokenizer adds by itself do
     not, nor does a first token, which nothing predicts.
 
+    For an encoder-decoder they are two texts: the prompt, which ends with the end-of-text token,
+    and the answer after the start token.
+
     Args:
         tokenizer: A transformers fast tokenizer.
         prompt: See `prompts.render`.
         answer: Text to follow it.
         append_eos: Whether to end with the end-of-text token, as part of the answer.
         chat: Whether the prompt is in a chat template, which writes its own special tokens.
+        start_id: Of an encoder-decoder, see `Side`.
 
     Returns:
         The ids and the answer's positions; an empty answer has none but the end-of-text token.
@@ -106,45 +126,55 @@ def encode(
     Raises:
         UserError: The tokenizer has no end-of-text token to append.
     """
-    return _encode_many(tokenizer, [prompt], [answer], append_eos=append_eos, chat=chat)[0]
+    side = Side(tokenizer, 0, append_eos, chat=chat, start_id=start_id)
+    return _encode_many(side, [prompt], [answer])[0]
 
 
-def _encode_many(
-    tokenizer: "PreTrainedTokenizerFast",
-    prompts: Sequence[Prompt],
-    answers: Sequence[str],
-    *,
-    append_eos: bool,
-    chat: bool,
-) -> list[Encoded]:
-    if append_eos and tokenizer.eos_token_id is None:
+def _encode_many(side: Side, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Encoded]:
+    if side.tokenizer.eos_token_id is None and (side.append_eos or side.start_id is not None):
+        way_out = ", or append_eos=False" if side.start_id is None else ""
         raise UserError(
-            f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, expected one: "
-            "set its eos_token, or append_eos=False"
+            f"tokenizer {side.tokenizer.name_or_path!r} has no end-of-text token, expected one: "
+            f"set its eos_token{way_out}"
         )
+    eos_id: Any = side.tokenizer.eos_token_id  # typed as any special token, single or list
+    tail = [eos_id] if side.append_eos else []
+    encoded = []
+    if side.start_id is not None:
+        prompt_ids = _token_ids(side, [prompt.text for prompt in prompts], special=not side.chat)
+        answer_ids = _token_ids(side, answers, special=False)
+        for (prompt, _), (answer, _) in zip(prompt_ids, answer_ids, strict=True):
+            tokens = np.asarray([side.start_id, *answer, *tail], np.int32)
+            positions = np.arange(1, len(tokens), dtype=np.int32)
+            encoded.append(Encoded(tokens, positions, np.asarray([*prompt, eos_id], np.int32)))
+        return encoded
     texts = [
         prompt.text + prompt.separator + answer
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    encodings = tokenizer(
-        texts,
-        add_special_tokens=not chat,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    eos_id: Any = tokenizer.eos_token_id  # typed as any special token, single or list
-    tail = [eos_id] if append_eos else []
-    encoded = []
-    for prompt, ids, offsets in zip(
-        prompts, encodings["input_ids"], encodings["offset_mapping"], strict=True
-    ):
-        kept = _without_added_eos(ids, offsets, eos_id)
+    text_ids = _token_ids(side, texts, special=not side.chat)
+    for prompt, (kept, offsets) in zip(prompts, text_ids, strict=True):
         border = len(prompt.text)
         answer = [i for i, (_, end) in enumerate(offsets[: len(kept)]) if i > 0 and end > border]
         positions = answer + [len(kept)] * bool(tail and kept)
         encoded.append(Encoded(np.asarray(kept + tail, np.int32), np.asarray(positions, np.int32)))
     return encoded
+
+
+def _token_ids(
+    side: Side, texts: Sequence[str], *, special: bool
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and offsets of each text, without an end-of-text token that it does not itself hold."""
+    encodings = side.tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    pairs = zip(encodings["input_ids"], encodings["offset_mapping"], strict=True)
+    eos_id: Any = side.tokenizer.eos_token_id
+    return [(_without_added_eos(ids, offsets, eos_id), offsets) for ids, offsets in pairs]
 
 
 def _without_added_eos(
@@ -169,8 +199,8 @@ def encode_prompt(
     Returns:
         int32 [P] token ids.
     """
-    bare = Prompt(prompt.text, "")
-    return _encode_many(tokenizer, [bare], [""], append_eos=False, chat=chat)[0].tokens
+    side = Side(tokenizer, 0, append_eos=False, chat=chat)
+    return _encode_many(side, [Prompt(prompt.text, "")], [""])[0].prompt
 
 
 def encode_prompts(
@@ -191,11 +221,11 @@ def encode_prompts(
         UserError: A chat template is missing, or the pool is too small.
     """
     encoded: list[Encoded] = []
+    side = dataclasses.replace(side, append_eos=False)
     for batch in _batches(examples):
         bare = [Prompt(prompt.text, "") for prompt in _prompts(side, batch, pool, seed)]
-        nothing = [""] * len(bare)
-        encoded += _encode_many(side.tokenizer, bare, nothing, append_eos=False, chat=side.chat)
-    return [prompt.tokens for prompt in encoded]
+        encoded += _encode_many(side, bare, [""] * len(bare))
+    return [prompt.prompt for prompt in encoded]
 
 
 def encode_pairs(
@@ -267,8 +297,7 @@ def _answer(answers: Mapping[str, str], example: Example) -> str:
 def _encode_side(
     side: Side, batch: Sequence[Example], texts: list[str], pool: Sequence[Example], seed: int
 ) -> list[Encoded]:
-    prompts = _prompts(side, batch, pool, seed)
-    return _encode_many(side.tokenizer, prompts, texts, append_eos=side.append_eos, chat=side.chat)
+    return _encode_many(side, _prompts(side, batch, pool, seed), texts)
 
 
 def _prompts(
@@ -295,8 +324,8 @@ def _reason_to_drop(text: str, s: Encoded, t: Encoded, student: Side, teacher: S
         or len(t.answer) <= teacher.append_eos
     ):
         return "empty_answer"
-    if len(s.tokens) > student.max_length:
+    if s.length > student.max_length:
         return "too_long_student"
-    if len(t.tokens) > teacher.max_length:
+    if t.length > teacher.max_length:
         return "too_long_teacher"
     return None

@@ -13,6 +13,7 @@ from uld_jax.models import layers
 from uld_jax.models.cache import KVCache
 from uld_jax.models.config import DecoderConfig
 from uld_jax.models.flash import splash_attention
+from uld_jax.models.projection import project
 from uld_jax.models.rope import rotary_angles, rotary_frequencies, rotate
 from uld_jax.sharding import constrain
 
@@ -292,7 +293,7 @@ def _attend(
     mask_BTS, angles = view.of(is_local, unrotated)
 
     def heads(name: str) -> jax.Array:
-        x_BTX = _project(p, name, y_BTD)
+        x_BTX = project(p, name, y_BTD)
         if c.qk_norm == "all" and name != "value":
             x_BTX = norm(c, p, f"{name}_norm", x_BTX)
         x_BTHh = layers.head_split(x_BTX, c.head_dim)
@@ -317,17 +318,11 @@ def _attend(
             jax.lax.dynamic_index_in_dim(all_, index, keepdims=False).astype(q.dtype) for all_ in kv
         )
     y_BTHh = view.attend(q, k, v, is_local, mask_BTS)
-    return _project(p, "out", y_BTHh.reshape(*y_BTD.shape[:2], -1)), kv
+    return project(p, "out", y_BTHh.reshape(*y_BTD.shape[:2], -1)), kv
 
 
 def _mlp(c: DecoderConfig, p: MLP, y_BTD: jax.Array) -> jax.Array:
     """(act(y · gate) * (y · up)) · down, or act(y · up) · down."""
-    act, up_BTF = layers.ACTIVATIONS[c.activation], _project(p, "up", y_BTD)
-    inner_BTF = act(_project(p, "gate", y_BTD)) * up_BTF if c.gated else act(up_BTF)
-    return _project(p, "down", inner_BTF)
-
-
-def _project(module: nnx.Module, name: str, x_BTX: jax.Array) -> jax.Array:
-    y_BTY = x_BTX @ getattr(module, name)[...]
-    added = getattr(module, f"{name}_bias", None)
-    return y_BTY if added is None else y_BTY + added[...].astype(y_BTY.dtype)[None, None]
+    act, up_BTF = layers.ACTIVATIONS[c.activation], project(p, "up", y_BTD)
+    inner_BTF = act(project(p, "gate", y_BTD)) * up_BTF if c.gated else act(up_BTF)
+    return project(p, "down", inner_BTF)

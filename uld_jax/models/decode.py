@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from uld_jax.errors import UserError
-from uld_jax.models.cache import empty_cache
 from uld_jax.models.config import DecoderConfig
 from uld_jax.models.decoder import Decoder
 
@@ -62,12 +61,8 @@ def _generate(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens [B, max_new_tokens] and how many of them each row wrote before its stop token."""
     model = nnx.merge(graph, params)
-    rows, width = prompts_BP.shape
-    cache = empty_cache(model.config, rows, width + max_new_tokens, model.policy.dtype)
-    slots = jnp.arange(width)[None]
-    positions_BP = jnp.where(slots < lengths_B[:, None], slots, -1)
-    hidden_BPD, cache = model.read(prompts_BP, positions_BP, cache)
-    last_BD = jnp.take_along_axis(hidden_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    rows = len(lengths_B)
+    last_BD, cache, next_B = model.start(prompts_BP, lengths_B, max_new_tokens)
 
     def choose(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
         logits_BV = model.logits(hidden_BD)
@@ -84,7 +79,7 @@ def _generate(
         done_B |= jnp.isin(token_B, stop_ids)
         out_BN = out_BN.at[:, step].set(jnp.where(done_B, 0, token_B))
         count_B += ~done_B
-        hidden_B1D, cache = model.read(token_B[:, None], (lengths_B + step)[:, None], cache)
+        hidden_B1D, cache = model.read(token_B[:, None], (next_B + step)[:, None], cache)
         return step + 1, choose(hidden_B1D[:, 0], step + 1), cache, out_BN, count_B, done_B
 
     start = jnp.zeros((), jnp.int32)

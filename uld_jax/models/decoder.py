@@ -11,6 +11,7 @@ from uld_jax.models.block import Blocks, View, add_norm, layer_flags, norm, run_
 from uld_jax.models.cache import KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.flash import choose_backend
+from uld_jax.models.projection import matrix, table_rows
 from uld_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -64,7 +65,7 @@ class Decoder(nnx.Module):
     @property
     def head_VD(self) -> jax.Array:
         """The output head, one row a token: logits = hidden · headᵀ."""
-        return (self.embed if self.config.tied else self.head)[...]
+        return matrix(self, "embed" if self.config.tied else "head")
 
     def __call__(
         self,
@@ -166,8 +167,7 @@ class Decoder(nnx.Module):
         def body(carry: Any, layer: Any) -> tuple[Any, None]:
             x_BTD, kv = carry
             weights, flags = layer
-            kernels = jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
-            return run_block(c, nnx.merge(graph, kernels), x_BTD, view, flags, kv, cache), None
+            return run_block(c, nnx.merge(graph, weights), x_BTD, view, flags, kv, cache), None
 
         if self.policy.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.policy.remat])
@@ -181,7 +181,9 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, dtype: Any) -> jax.Array:
         c = self.config
-        x_BTD = self.embed[...][tokens_BT].astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        x_BTD = table_rows(self, "embed", tokens_BT).astype(dtype) * jnp.asarray(
+            c.embed_scale, dtype
+        )
         if c.embed_width:
             x_BTD = x_BTD @ self.embed_in[...].astype(dtype)
         if c.positions == "learned":

@@ -1,7 +1,6 @@
 """Models in and out of the Hugging Face format: safetensors directories, hub ids, GGUF files."""
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -20,19 +19,21 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
 from jax.sharding import Mesh
 
 from uld_jax.errors import UserError
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.decoder import REMAT_POLICIES, Decoder
-from uld_jax.models.families import Family, Weight, by_model_type, hf_names
+from uld_jax.models.encoder_decoder import EncoderDecoder
+from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from uld_jax.models.families import Family, Part, Weight, by_model_type, hf_names
 from uld_jax.models.gguf import GgufSource
 from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from uld_jax.models.lora import merged
+from uld_jax.models.safetensors_source import SafetensorsSource
 from uld_jax.sharding import make_mesh, named_sharding
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
 FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 
 
@@ -63,70 +64,6 @@ class TensorSource(Protocol):
         ...
 
 
-class SafetensorsSource:
-    """A directory with config.json and one or more .safetensors files.
-
-    Args:
-        directory: The directory.
-
-    Raises:
-        UserError: A file is missing or broken, or the architecture is not supported.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        config = _read_json(directory / "config.json")
-        self.family = by_model_type(str(config.get("model_type")), str(directory / "config.json"))
-        self.config = self.family.config_from_hf(_read_config(directory))
-        index = directory / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.is_file():
-            names = set(_read_json(index).get("weight_map", {}).values())
-        files = [_open(directory / name) for name in sorted(names)]
-        self._file_of = {
-            name: file
-            for file in files
-            for name in file.keys()  # noqa: SIM118 (safe_open is no mapping)
-            if not name.endswith(self.family.ignored or ("\0",))
-        }
-        slices = {name: file.get_slice(name) for name, file in self._file_of.items()}
-        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        odd = {
-            name: kind for name, part in slices.items() if (kind := part.get_dtype()) not in FLOATS
-        }
-        if odd:
-            name, kind = min(odd.items())
-            raise UserError(
-                f"{directory}: {len(odd)} tensors are of none of the types {sorted(FLOATS)} (the "
-                f"first: {name}, {kind}); export the model unquantised"
-            )
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored type."""
-        return self._file_of[name].get_tensor(name)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    """A Hugging Face config that transformers has checked."""
-    try:
-        return transformers.AutoConfig.from_pretrained(directory).to_dict()
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{directory / 'config.json'}: {reason}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a Hugging Face model directory")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     try:
         return transformers.AutoTokenizer.from_pretrained(path)
@@ -135,17 +72,6 @@ def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
         raise UserError(
             f"{path}: no tokenizer that opens ({reason}); save the model's tokenizer.json there"
         ) from error
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        pickled = sorted(p.name for p in path.parent.glob("*.bin"))
-        hint = f" (found {pickled}: pickle files are not read)" if pickled else ""
-        raise UserError(f"{path}: no such weights file{hint}")
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file: {error}") from error
 
 
 def load(
@@ -234,7 +160,10 @@ def check_weights(tensors: TensorSource, abstract: nnx.State, where: str) -> Non
     for weight, param in _parameters(tensors, abstract):
         shape = tuple(param.shape)[1 if weight.stacked else 0 :]
         shape = shape[::-1] if weight.transpose else shape
-        expected |= dict.fromkeys(hf_names(weight, tensors.config.layers), shape)
+        if weight.part is not None:
+            axis, rows = weight.part.axis, weight.part.groups * sum(weight.part.sizes)
+            shape = (*shape[:axis], rows, *shape[axis + 1 :])
+        expected |= dict.fromkeys(hf_names(weight, param.shape[0]), shape)
     found = dict(tensors.shapes)
     if tensors.config.tied:
         # Some exporters write the tied head a second time.
@@ -285,8 +214,19 @@ def abstract_decoder(config: DecoderConfig, policy: Policy, param_dtype: Any) ->
         (64, 32)
     """
     return nnx.eval_shape(
-        lambda: Decoder(config, policy, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+        lambda: model_class(config)(config, policy, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
+
+
+def model_class(config: Any) -> Any:
+    """The module that a config describes: Decoder or EncoderDecoder.
+
+    Example:
+        >>> from uld_jax.testing import tiny_config
+        >>> model_class(tiny_config()).__name__
+        'Decoder'
+    """
+    return EncoderDecoder if isinstance(config, EncoderDecoderConfig) else Decoder
 
 
 def _read_sharded(tensors: TensorSource, weight: Weight, param: nnx.Param, mesh: Mesh) -> jax.Array:
@@ -297,8 +237,9 @@ def _read_sharded(tensors: TensorSource, weight: Weight, param: nnx.Param, mesh:
     shards = {
         cut: np.empty([stop - start for start, stop in cut], param.dtype) for cut in cuts.values()
     }
-    for layer, name in enumerate(hf_names(weight, tensors.config.layers)):
+    for layer, name in enumerate(hf_names(weight, param.shape[0])):
         tensor = tensors.read(name)
+        tensor = tensor if weight.part is None else weight.part.take(tensor)
         tensor = tensor.T if weight.transpose else tensor
         for cut, shard in shards.items():
             within = tuple(slice(*bounds) for bounds in cut[weight.stacked :])
@@ -332,7 +273,7 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
     try:
         family = by_model_type(m.config.family, "export")
         hf_config = family.config_to_hf(m.config)
-        state = nnx.state(m.model, nnx.Param)
+        state = nnx.state(merged(m.model), nnx.Param)
         hf_config.architectures = [family.architecture]
         hf_config.dtype = str(jax.tree.leaves(state)[0].dtype)
         hf_config.save_pretrained(scratch)
@@ -365,9 +306,16 @@ def to_hf_tensors(config: DecoderConfig, state: nnx.State) -> dict[str, np.ndarr
     """
     flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
     tensors: dict[str, np.ndarray] = {}
+    fused: dict[str, list[tuple[Part, np.ndarray]]] = {}
     for weight in by_model_type(config.family, "export").weights(config):
         values = np.asarray(jax.device_get(flat[weight.path][...]))
         layers = values if weight.stacked else values[None]
-        for name, value in zip(hf_names(weight, config.layers), layers, strict=True):
-            tensors[name] = np.ascontiguousarray(value.T if weight.transpose else value)
+        for name, value in zip(hf_names(weight, len(layers)), layers, strict=True):
+            tensor = value.T if weight.transpose else value
+            if weight.part is None:
+                tensors[name] = np.ascontiguousarray(tensor)
+            else:
+                fused.setdefault(name, []).append((weight.part, tensor))
+    for name, parts in fused.items():
+        tensors[name] = np.ascontiguousarray(Part.join(*zip(*parts, strict=True)))
     return tensors

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uld_jax.config import RunConfig
 from uld_jax.data import Loader
 from uld_jax.errors import UserError
-from uld_jax.models import Decoder
+from uld_jax.models import Decoder, split_trained
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.train.checkpoint import Checkpoints
 from uld_jax.train.metrics import MetricsWriter
@@ -55,7 +55,7 @@ def fit(
             checkpoint could not be written or is of another model.
     """
     steps = step_count(loader, config)
-    graph, params = nnx.split(student)
+    graph, params, frozen = split_trained(student)
     teacher_graph, teacher_params = nnx.split(teacher)
     tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
     fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
@@ -70,7 +70,8 @@ def fit(
     iterator = loader.iterator()
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         state = _start(checkpoints, iterator, fresh, params, shardings)
-        run = _Run(compiled, make_schedule(config.optimizer, steps), teacher_params, mesh, config)
+        schedule = make_schedule(config.optimizer, steps)
+        run = _Run(compiled, schedule, (teacher_params, frozen), mesh, config)
         first = int(state.step)
         with MetricsWriter(workdir, step=first) as writer, jax.set_mesh(mesh):
             for step in range(first + 1, steps + 1):
@@ -84,7 +85,7 @@ def fit(
                 if saving:
                     writer.flush()
                     checkpoints.save(state, iterator.get_state())
-    return nnx.merge(graph, state.params)
+    return nnx.merge(graph, state.params, *frozen)
 
 
 def _start(
@@ -122,14 +123,16 @@ class _Run:
 
     compiled: Callable[..., tuple[TrainState, Metrics]]
     schedule: Callable[[int], Any]
-    teacher_params: nnx.State
+    fixed: tuple[nnx.State, tuple[nnx.State, ...]]
     mesh: Mesh
     config: RunConfig
     pending: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
     since: float = dataclasses.field(default_factory=time.perf_counter)
 
     def step(self, step: int, state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
-        state, metrics = self.compiled(state, self.teacher_params, to_mesh(arrays, self.mesh))
+        teacher_params, frozen = self.fixed
+        batch = to_mesh(arrays, self.mesh)
+        state, metrics = self.compiled(state, teacher_params, batch, frozen)
         self.pending.append((step, metrics))
         return state
 

@@ -22,6 +22,7 @@ def train_step(
     state: TrainState,
     teacher_params: nnx.State,
     batch: Batch,
+    frozen: tuple[nnx.State, ...] = (),
     *,
     student: nnx.GraphDef[Decoder],
     teacher: nnx.GraphDef[Decoder],
@@ -37,6 +38,7 @@ def train_step(
         state: The student, its optimizer, its key; donate it.
         teacher_params: The frozen teacher.
         batch: The data.
+        frozen: The student's parameters beside its adapters, where only these are trained.
         student: The student's graph.
         teacher: The teacher's graph.
         tx: The optimizer.
@@ -53,12 +55,13 @@ def train_step(
         _micro_loss, student=student, teacher=teacher, scales=(ce_scale, uld_scale), config=loss
     )
     grad = jax.grad(micro_loss, has_aux=True)
+    fixed = (frozen, teacher_params)
 
     def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad(state.params, teacher_params, micro)), None
+        return jax.tree.map(jnp.add, total, grad(state.params, *fixed, micro)), None
 
     micro = jax.tree.map(lambda x: x[0], batch)
-    total = grad(state.params, teacher_params, micro)
+    total = grad(state.params, *fixed, micro)
     if batch.micro_batches > 1:
         rest = jax.tree.map(lambda x: x[1:], batch)
         total, _ = jax.lax.scan(accumulate, total, rest)
@@ -81,6 +84,7 @@ def train_step(
 
 def _micro_loss(
     params: nnx.State,
+    frozen: tuple[nnx.State, ...],
     teacher_params: nnx.State,
     b: Batch,
     *,
@@ -90,9 +94,9 @@ def _micro_loss(
     config: LossConfig,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One micro-batch's share of the loss, already divided by the whole batch's normalisers."""
-    s, t = nnx.merge(student, params), nnx.merge(teacher, teacher_params)
-    student_BTD = s.hidden(b.student_tokens, segment_ids=b.student_segment_ids)
-    teacher_BSE = t.hidden(b.teacher_tokens, segment_ids=b.teacher_segment_ids)
+    s, t = nnx.merge(student, params, *frozen), nnx.merge(teacher, teacher_params)
+    student_BTD = s.hidden(**b.student_inputs)
+    teacher_BSE = t.hidden(**b.teacher_inputs)
     mesh = jax.sharding.get_abstract_mesh()
     fused = fused_uld_cross_entropy
     if not mesh.empty:

@@ -3,11 +3,41 @@
 from collections.abc import Mapping
 
 from uld_jax.errors import UserError
-from uld_jax.models.families.base import Family, Weight, hf_names
+from uld_jax.models.families.base import Family, Part, Weight, hf_names
+from uld_jax.models.families.bloom import BLOOM
+from uld_jax.models.families.falcon import FALCON
+from uld_jax.models.families.gemma import GEMMA, GEMMA2
 from uld_jax.models.families.gemma3 import GEMMA3
+from uld_jax.models.families.gpt2 import GPT2
+from uld_jax.models.families.gpt_neox import GPT_NEOX
 from uld_jax.models.families.llama import LLAMA
+from uld_jax.models.families.mistral import MISTRAL
+from uld_jax.models.families.olmo2 import OLMO2
+from uld_jax.models.families.opt import OPT
+from uld_jax.models.families.phi3 import PHI3
+from uld_jax.models.families.qwen import QWEN2, QWEN3
+from uld_jax.models.families.smollm3 import SMOLLM3
+from uld_jax.models.families.t5 import MT5, T5
 
-FAMILIES = (LLAMA, GEMMA3)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    GPT_NEOX,
+    OPT,
+    BLOOM,
+    FALCON,
+    GPT2,
+    T5,
+    MT5,
+)
 
 
 def by_model_type(model_type: str, where: str) -> Family:
@@ -48,7 +78,7 @@ def by_gguf_architecture(architecture: str, where: str) -> Family:
         >>> by_gguf_architecture("gemma3", "x.gguf").model_type
         'gemma3_text'
     """
-    known = {family.gguf_architecture: family for family in FAMILIES}
+    known = {f.gguf_architecture: f for f in FAMILIES if f.gguf_architecture}
     return _find(known, architecture, f"{where}: GGUF architecture")
 
 
@@ -58,4 +88,12 @@ def _find(known: Mapping[str, Family], name: str, what: str) -> Family:
     return known[name]
 
 
-__all__ = ["FAMILIES", "Family", "Weight", "by_gguf_architecture", "by_model_type", "hf_names"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Part",
+    "Weight",
+    "by_gguf_architecture",
+    "by_model_type",
+    "hf_names",
+]
