@@ -2,7 +2,10 @@
 
 import json
 import resource
+import shlex
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 import transformers
 from flax import nnx
 
@@ -124,22 +128,24 @@ def test_a_config_that_is_no_json_object(directory, text, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: ['gemma3_text', "),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported: ['bloom', 'falco"),
         ({"model_type": None}, "model_type 'None' is not supported"),
-        ({"attention_bias": True}, "attention_bias=True"),
+        (
+            {"model_type": "mamba9", "auto_map": {"AutoModel": "modeling.Mamba9"}},
+            "(whose own code, for trust_remote_code, is never run): model_type 'mamba9' is not",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4} is not supported"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         (
             {
                 "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 10_000.0,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 1024,
+                    "rope_type": "linear",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "hop": 3,
                 }
             },
-            "rope_type='llama3'",
+            "rope_parameters: unsupported: {'hop': 3}",
         ),
         ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
         ({"num_attention_heads": 5}, "hidden size (32) is not a multiple of"),
@@ -152,11 +158,27 @@ def test_a_config_that_is_not_supported(directory, changes, said):
     assert said in message
 
 
-def test_pickled_weights_are_refused(directory):
-    (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
+def test_a_vocabulary_of_the_wrong_size(directory):
+    edit_config(directory, vocab_size=65)
+    said = "model.embed_tokens.weight has shape (300, 32), expected (65, 32)"
+    assert said in refusal(directory)
+
+
+def test_our_own_code_reads_a_supported_model_that_brings_code_along(directory, original):
+    edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    (directory / "modeling_llama.py").write_text("raise SystemExit('remote code was run')")
+    assert_equal(models.load(directory), original)
+
+
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(directory, original):
+    weights = {name: torch.tensor(value) for name, value in tensors_in(directory).items()}
+    torch.save(weights, directory / "pytorch_model.bin")
+    (directory / WEIGHTS).unlink()
     message = refusal(directory)
-    assert f"{directory / WEIGHTS}: no such weights file" in message
-    assert "['pytorch_model.bin']: pickle files are not read" in message
+    assert f"{directory / WEIGHTS}: no such weights file, only ['pytorch_model.bin']" in message
+    command = shlex.split(message.split("convert them: ")[1])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert_equal(models.load(command[-1]), original)
 
 
 def test_quantised_weights_are_refused(directory):
@@ -200,7 +222,7 @@ def test_a_weights_file_that_the_index_names_is_missing(directory):
     split_in_two(directory)
     gone = directory / "model-00002-of-00002.safetensors"
     gone.unlink()
-    assert refusal(directory) == f"{gone}: no such weights file"
+    assert refusal(directory) == f"{gone}: no such weights file; fetch the model again"
 
 
 def test_a_tensor_that_the_index_names_is_missing(directory):
@@ -282,7 +304,7 @@ def test_an_unknown_type_of_computation(saved):
     types = "must be 'float32' or 'bfloat16': got"
     assert refusal(saved, dtype="float61") == f"dtype {types} 'float61'"
     assert refusal(saved, param_dtype=jnp.int8) == f"param_dtype {types} 'int8'"
-    kinds = "['none', 'dots', 'full']"
+    kinds = "['none', 'dots', 'full', 'offload']"
     assert refusal(saved, remat="some") == f"remat must be one of {kinds}: got 'some'"
     assert models.load(saved, dtype=jnp.bfloat16).model.policy.dtype == "bfloat16"
 

@@ -1,6 +1,7 @@
 """A Hugging Face model directory as a source of tensors: config.json and safetensors files."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ class SafetensorsSource:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         config = _read_json(directory / "config.json")
-        self.family = by_model_type(str(config.get("model_type")), str(directory / "config.json"))
+        where = str(directory / "config.json")
+        if "auto_map" in config:
+            where += " (whose own code, for trust_remote_code, is never run)"
+        if config.get("quantization_config"):
+            raise UserError(
+                f"{where}: quantization_config {config['quantization_config']!r} is not supported; "
+                "load the unquantised model, and quantise it with config.teacher.quantize"
+            )
+        self.family = by_model_type(str(config.get("model_type")), where)
         hf_config = _read_config(directory)
         index = directory / "model.safetensors.index.json"
         names = {"model.safetensors"}
@@ -85,9 +94,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _open(path: Path) -> Any:
     if not path.is_file():
         pickled = sorted(p.name for p in path.parent.glob("*.bin"))
-        hint = f" (found {pickled}: pickle files are not read)" if pickled else ""
-        raise UserError(f"{path}: no such weights file{hint}")
+        if not pickled:
+            raise UserError(f"{path}: no such weights file; fetch the model again")
+        raise UserError(
+            f"{path}: no such weights file, only {pickled}, and pickle files are not read: they "
+            f"may run code; where torch is installed, convert them: {_convert(path.parent)}"
+        )
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+def _convert(directory: Path) -> str:
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "d, o = sys.argv[1:]; M.from_pretrained(d).save_pretrained(o); "
+        "T.from_pretrained(d).save_pretrained(o)"
+    )
+    target = directory.with_name(f"{directory.name}-safetensors")
+    return shlex.join(["python", "-c", f"import sys; {code}", str(directory), str(target)])
