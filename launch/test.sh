@@ -22,4 +22,5 @@ ruff check .
 ruff format --check .
 pyright --pythonpath "$PYTHON"
 lint-imports
-python -m pytest -m "$marker" "$@"
+# Two processes: compiling for tiny models keeps one core busy each.
+python -m pytest -n 2 -m "$marker" "$@"
