@@ -27,6 +27,7 @@ def fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         Field to value, ready to be passed on to DecoderConfig.
 
     Example:
+        >>> import transformers
         >>> fields_from_hf(transformers.LlamaConfig(num_hidden_layers=3).to_dict())["layers"]
         3
     """
