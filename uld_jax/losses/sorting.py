@@ -9,6 +9,8 @@ Two savings over the definition:
   rank, so the backward pass needs ranks, not a differentiated sort.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,12 +43,14 @@ def sorted_probabilities(logits: ArrayLike, temperature: ArrayLike = 1.0) -> jax
     return _probabilities(_sort(_descending_keys(probs_U)))
 
 
-def sort_distance(logits_V: jax.Array, probs_sorted_U: jax.Array) -> jax.Array:
-    """The distance from logits already scaled to probabilities already sorted.
+def sort_distance(logits_V: jax.Array, teacher_U: jax.Array, *, of_logits: bool) -> jax.Array:
+    """The distance from scaled logits.
 
     Args:
         logits_V: f32[*b, V] or f64.
-        probs_sorted_U: [*b, U], descending. No gradient flows to them.
+        teacher_U: [*b, U], scaled logits, or probabilities sorted in descending order. No gradient
+            flows to them.
+        of_logits: whether the teacher's are logits.
 
     Returns:
         [*b].
@@ -54,34 +58,45 @@ def sort_distance(logits_V: jax.Array, probs_sorted_U: jax.Array) -> jax.Array:
     Example:
         >>> import jax.numpy as jnp
         >>> from uld_jax.losses.sorting import sort_distance
-        >>> float(sort_distance(jnp.zeros(4), jnp.array([1.0])))
+        >>> float(sort_distance(jnp.zeros(4), jnp.array([1.0]), of_logits=False))
         1.5
     """
-    dtype = jnp.promote_types(logits_V.dtype, probs_sorted_U.dtype)
-    return _compiled(logits_V.astype(dtype), lax.stop_gradient(probs_sorted_U).astype(dtype))
+    dtype = jnp.promote_types(logits_V.dtype, teacher_U.dtype)
+    return _compiled(of_logits, logits_V.astype(dtype), lax.stop_gradient(teacher_U).astype(dtype))
 
 
-@jax.custom_vjp
-def _distance(logits_V: jax.Array, probs_sorted_U: jax.Array) -> jax.Array:
-    width = logits_V.shape[-1]
-    q = _probabilities(_sort(_descending_keys(jax.nn.softmax(logits_V))))
-    return _total_gap(q - fit(probs_sorted_U, width), probs_sorted_U)
+# Both sides of a row in one body: a CPU sorts the student's on one core and the teacher's on the
+# other, and runs of ties are looked at only in rows that have them.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _distance(of_logits: bool, logits_V: jax.Array, teacher_U: jax.Array) -> jax.Array:
+    def value(logits_V: jax.Array, teacher_U: jax.Array) -> jax.Array:
+        p = sorted_probabilities(teacher_U) if of_logits else teacher_U
+        q = _probabilities(_sort(_descending_keys(jax.nn.softmax(logits_V))))
+        return _total_gap(q - fit(p, q.shape[-1]), p)
+
+    return by_row("(v),(u)->()", value)(logits_V, teacher_U)
 
 
-def _distance_fwd(logits_V: jax.Array, probs_sorted_U: jax.Array) -> tuple[jax.Array, jax.Array]:
-    q = jax.nn.softmax(logits_V)
-    gaps, signs = _gaps_and_signs(q, fit(probs_sorted_U, logits_V.shape[-1]))
-    # The softmax Jacobian is applied here, so that one [*b, V] array is kept and not two.
-    grad = q * (signs - (q * signs).sum(-1, keepdims=True))
-    return _total_gap(gaps, probs_sorted_U), grad
+def _distance_fwd(
+    of_logits: bool, logits_V: jax.Array, teacher_U: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def value_and_grad(logits_V: jax.Array, teacher_U: jax.Array) -> tuple[jax.Array, jax.Array]:
+        p = sorted_probabilities(teacher_U) if of_logits else teacher_U
+        q = jax.nn.softmax(logits_V)
+        gaps, signs = _gaps_and_signs(q, fit(p, q.shape[-1]))
+        # The softmax Jacobian is applied here, so that one [*b, V] array is kept and not two.
+        return _total_gap(gaps, p), q * (signs - (q * signs).sum(-1, keepdims=True))
+
+    return by_row("(v),(u)->(),(v)", value_and_grad)(logits_V, teacher_U)
 
 
-def _distance_bwd(grad: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _distance_bwd(of_logits: bool, grad: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    del of_logits
     return cotangent[..., None] * grad, None
 
 
 _distance.defvjp(_distance_fwd, _distance_bwd)
-_compiled = jax.jit(_distance)
+_compiled = jax.jit(_distance, static_argnums=0)
 
 
 def sorted_l1(student_probs: jax.Array, teacher_probs: jax.Array) -> jax.Array:
@@ -123,7 +138,7 @@ def _l1_fwd(probs_V: jax.Array, probs_sorted_U: jax.Array) -> tuple[jax.Array, j
 
 
 # The residual is multiplied by the cotangent, whichever variable it is the derivative by.
-_l1.defvjp(_l1_fwd, _distance_bwd)
+_l1.defvjp(_l1_fwd, partial(_distance_bwd, False))
 
 
 def _total_gap(gaps_V: jax.Array, probs_sorted_U: jax.Array) -> jax.Array:

@@ -67,7 +67,7 @@ def truncated_uld(
         raise ValueError("teacher_probs_sorted: expected at least 1 probability, got 0")
     method = resolve_method(method, student_V.shape[-1], teacher_K.shape[-1])
     if method == "sort":
-        without_tail, error_bound = sort_distance(student_V, teacher_K), 0.0
+        without_tail, error_bound = sort_distance(student_V, teacher_K, of_logits=False), 0.0
     else:
         without_tail, error_bound = level_set_distance(student_V, teacher_K, of_logits=False)
     student_tail = _mass_past(jax.nn.softmax(student_V), teacher_K.shape[-1])

@@ -7,6 +7,8 @@
 - ``"auto"`` is the faster of the two: sort up to `SORT_UP_TO` tokens, level_set above.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -154,7 +156,7 @@ def uld_to_sorted(
     check_leading_axes(student_V, teacher_U)
     method = resolve_method(method, student_V.shape[-1], teacher_U.shape[-1])
     if method == "sort":
-        return sort_distance(student_V, teacher_U)
+        return sort_distance(student_V, teacher_U, of_logits=False)
     return level_set_distance(student_V, teacher_U, of_logits=False)[0]
 
 
@@ -184,9 +186,7 @@ def distance(
         logits = student_logits_V, teacher_logits_U
         return level_set_distance(*logits, of_logits=True, axis_name=axis_name)[0]
 
-    def by_sorting(student_V: jax.Array, teacher_U: jax.Array) -> jax.Array:
-        return sort_distance(student_V, sorted_probabilities(teacher_U))
-
+    by_sorting = partial(sort_distance, of_logits=True)
     if axis_name is None:
         return by_sorting(student_logits_V, teacher_logits_U)
     return on_whole_rows(by_sorting, axis_name)(student_logits_V, teacher_logits_U)
