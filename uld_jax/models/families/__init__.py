@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from uld_jax.errors import UserError
 from uld_jax.models.families.base import Family, Part, Weight, hf_names
 from uld_jax.models.families.bloom import BLOOM
+from uld_jax.models.families.checked import config_of_gguf, config_of_hf
 from uld_jax.models.families.falcon import FALCON
 from uld_jax.models.families.gemma import GEMMA, GEMMA2
 from uld_jax.models.families.gemma3 import GEMMA3
@@ -95,5 +96,7 @@ __all__ = [
     "Weight",
     "by_gguf_architecture",
     "by_model_type",
+    "config_of_gguf",
+    "config_of_hf",
     "hf_names",
 ]

@@ -8,7 +8,7 @@ import transformers
 from uld_jax.models.config import DecoderConfig
 from uld_jax.models.families.base import Family, Weight
 from uld_jax.models.families.classic import fused_rows, linear_rows, norm_rows
-from uld_jax.models.families.fields import end_ids, ids_to_hf, refuse
+from uld_jax.models.families.fields import end_ids, ids_to_hf
 
 # ALiBi has no longest sequence; this is the length that BLOOM was trained with.
 MAX_POSITIONS = 2048
@@ -24,8 +24,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(transformers.BloomConfig().to_dict()).positions
         'alibi'
     """
-    after = hf["apply_residual_connection_post_layernorm"]
-    refuse("bloom", apply_residual_connection_post_layernorm=after)
     heads = hf["n_head"]
     return DecoderConfig(
         family="bloom",

@@ -30,27 +30,24 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     grouped = hf["new_decoder_architecture"]
     norms = hf["num_ln_in_parallel_attn"] or (2 if grouped else 1)
-    refuse(
-        "falcon",
-        alibi=hf["alibi"],
-        num_ln_in_parallel_attn=norms if norms != (2 if grouped else 1) else None,
-    )
+    refuse("falcon", num_ln_in_parallel_attn=norms if norms != (2 if grouped else 1) else None)
     heads = hf["num_attention_heads"]
-    parallel = grouped or hf["parallel_attn"]
+    # Read in either architecture: what the other goes by is without effect, not unsupported.
+    groups, single, parallel = hf["num_kv_heads"], hf["multi_query"], hf["parallel_attn"]
     return DecoderConfig(
         family="falcon",
         vocab_size=hf["vocab_size"],
         width=hf["hidden_size"],
         layers=hf["num_hidden_layers"],
         heads=heads,
-        kv_heads=hf["num_kv_heads"] if grouped else 1 if hf["multi_query"] else heads,
+        kv_heads=groups if grouped else 1 if single else heads,
         head_dim=hf["hidden_size"] // heads,
         mlp_width=hf["ffn_hidden_size"],
         norm="layer",
         norm_eps=hf["layer_norm_epsilon"],
-        parallel=parallel,
+        parallel=grouped or parallel,
         shared_norm=parallel and not grouped,
-        activation=activation_from_hf("falcon", hf["activation"]),
+        activation=activation_from_hf("falcon", hf, "activation"),
         gated=False,
         qkv_bias=hf["bias"],
         out_bias=hf["bias"],

@@ -104,16 +104,23 @@ def fields_from_gguf(meta: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: A field that the architecture requires is missing.
+        UserError: Values are not as wide as keys, or heads are rotated in part.
     """
     name = meta["general.architecture"]
     heads, width = meta[f"{name}.attention.head_count"], meta[f"{name}.embedding_length"]
+    head_dim = meta.get(f"{name}.attention.key_length", width // heads)
+    widths = {
+        field: meta.get(f"{name}.{field}", head_dim)
+        for field in ("attention.value_length", "rope.dimension_count")
+    }
+    refuse(name, **{field: size for field, size in widths.items() if size != head_dim})
     return {
         "vocab_size": meta["tensors"]["token_embd.weight"][0],
         "width": width,
         "layers": meta[f"{name}.block_count"],
         "heads": heads,
         "kv_heads": meta.get(f"{name}.attention.head_count_kv", heads),
-        "head_dim": meta.get(f"{name}.attention.key_length", width // heads),
+        "head_dim": head_dim,
         "mlp_width": meta[f"{name}.feed_forward_length"],
         "norm_eps": meta[f"{name}.attention.layer_norm_rms_epsilon"],
         "tied": "output.weight" not in meta["tensors"],
@@ -142,17 +149,26 @@ HF_ACTIVATIONS = {
 }
 
 
-def activation_from_hf(family: str, name: str) -> str:
-    """Our name of a Hugging Face activation.
+def activation_from_hf(family: str, hf: Mapping[str, Any], field: str = "hidden_act") -> str:
+    """Our name of the activation that a Hugging Face config asks for.
+
+    Args:
+        family: Named in an error.
+        hf: The config as a dict.
+        field: What the family calls it.
+
+    Returns:
+        One that `DecoderConfig.activation` may be.
 
     Raises:
         UserError: One that we do not have.
 
     Example:
-        >>> activation_from_hf("gpt2", "gelu_new")
+        >>> activation_from_hf("gpt2", {"activation_function": "gelu_new"}, "activation_function")
         'gelu_tanh'
     """
-    refuse(family, activation=None if name in ACTIVATIONS else name)
+    name = hf[field]
+    refuse(family, **{field: None if name in ACTIVATIONS else str(name)})
     return ACTIVATIONS[name]
 
 
@@ -203,4 +219,4 @@ def refuse(family: str, **unsupported: Any) -> None:
     """
     found = ", ".join(f"{name}={value!r}" for name, value in unsupported.items() if value)
     if found:
-        raise UserError(f"config.json of model_type '{family}': unsupported: {found}")
+        raise UserError(f"model_type '{family}': unsupported: {found}")

@@ -29,7 +29,7 @@ def gemma_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         >>> gemma_from_hf(transformers.GemmaConfig(num_hidden_layers=2).to_dict()).norm_offset
         1.0
     """
-    fields = _shared_fields("gemma", hf, hf["hidden_act"])
+    fields = _shared_fields("gemma", hf, "hidden_act", "hidden_activation")
     return DecoderConfig(query_scale=fields["head_dim"] ** -0.5, **fields)
 
 
@@ -60,7 +60,7 @@ def gemma2_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         attention_softcap=hf["attn_logit_softcapping"] or 0.0,
         logit_softcap=hf["final_logit_softcapping"] or 0.0,
         **window_from_hf(hf),
-        **_shared_fields("gemma2", hf, hf["hidden_activation"]),
+        **_shared_fields("gemma2", hf, "hidden_activation", "hidden_act"),
     )
 
 
@@ -79,13 +79,13 @@ def gemma2_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:
     )
 
 
-def _shared_fields(family: str, hf: Mapping[str, Any], activation: str) -> dict[str, Any]:
-    bidirectional = hf.get("use_bidirectional_attention")
-    refuse(family, use_bidirectional_attention=bidirectional)
+def _shared_fields(family: str, hf: Mapping[str, Any], field: str, other: str) -> dict[str, Any]:
+    """What Gemma 1 and 2 have in common; many configs name the activation by `other` as well."""
+    refuse(family, **{other: hf.get(other) if hf.get(other) != hf[field] else None})
     return {
         "family": family,
         "norm_offset": 1.0,
-        "activation": activation_from_hf(family, activation),
+        "activation": activation_from_hf(family, hf, field),
         "qkv_bias": hf["attention_bias"],
         "out_bias": hf["attention_bias"],
         "embed_scale": hf["hidden_size"] ** 0.5,

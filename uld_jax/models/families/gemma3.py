@@ -9,6 +9,7 @@ import transformers
 from uld_jax.models.config import DecoderConfig
 from uld_jax.models.families.base import Family, Weight, gated_decoder_weights
 from uld_jax.models.families.fields import fields_from_gguf, fields_from_hf, fields_to_hf, refuse
+from uld_jax.models.families.rope import rope_from_hf
 
 # Gemma 3 interleaves five sliding-window layers with one global one; GGUF files leave it implicit.
 PATTERN = 6
@@ -39,21 +40,19 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(hf.to_dict()).local_layers
         (True, True)
     """
-    rope = hf["rope_parameters"]
-    kinds = {"full_attention": rope["full_attention"], "sliding": rope["sliding_attention"]}
-    scaling = {kind: r["rope_type"] for kind, r in kinds.items() if r["rope_type"] != "default"}
-    act = hf["hidden_activation"]
-    refuse(
-        "gemma3_text",
-        attention_bias=hf.get("attention_bias"),
-        rope_type=scaling,
-        hidden_activation=act if act != "gelu_pytorch_tanh" else None,
-        use_bidirectional_attention=hf.get("use_bidirectional_attention"),
-        attn_logit_softcapping=hf.get("attn_logit_softcapping"),
-    )
+    thetas = []
+    for kind in ("full_attention", "sliding_attention"):
+        rope, positions = hf["rope_parameters"][kind], hf["max_position_embeddings"]
+        theta, fraction, scaling = rope_from_hf("gemma3_text", rope, positions)
+        refuse("gemma3_text", rope_parameters=rope if scaling or fraction != 1 else None)
+        thetas.append(theta)
+    # Many configs say it twice.
+    acts = {name: hf.get(name) for name in ("hidden_activation", "hidden_act")}
+    odd = {name: act for name, act in acts.items() if act != "gelu_pytorch_tanh"}
+    refuse("gemma3_text", **odd)
     return DecoderConfig(
-        rope_theta=kinds["full_attention"]["rope_theta"],
-        rope_local_theta=kinds["sliding"]["rope_theta"],
+        rope_theta=thetas[0],
+        rope_local_theta=thetas[1],
         window=hf["sliding_window"],
         local_layers=tuple(kind == "sliding_attention" for kind in hf["layer_types"]),
         embed_scale=hf["hidden_size"] ** 0.5,

@@ -14,7 +14,6 @@ from uld_jax.models.families.fields import (
     activation_from_hf,
     end_ids,
     ids_to_hf,
-    refuse,
 )
 
 
@@ -28,11 +27,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(transformers.GPT2Config().to_dict()).mlp_width
         3072
     """
-    refuse(
-        "gpt2",
-        scale_attn_by_inverse_layer_idx=hf["scale_attn_by_inverse_layer_idx"],
-        add_cross_attention=hf["add_cross_attention"],
-    )
     heads = hf["n_head"]
     head_dim = hf["n_embd"] // heads
     return DecoderConfig(
@@ -46,7 +40,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         mlp_width=hf["n_inner"] or 4 * hf["n_embd"],
         norm="layer",
         norm_eps=hf["layer_norm_epsilon"],
-        activation=activation_from_hf("gpt2", hf["activation_function"]),
+        activation=activation_from_hf("gpt2", hf, "activation_function"),
         gated=False,
         qkv_bias=True,
         out_bias=True,

@@ -36,7 +36,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         norm="layer",
         norm_eps=hf["layer_norm_eps"],
         parallel=hf["use_parallel_residual"],
-        activation=activation_from_hf("gpt_neox", hf["hidden_act"]),
+        activation=activation_from_hf("gpt_neox", hf),
         gated=False,
         qkv_bias=hf["attention_bias"],
         out_bias=hf["attention_bias"],

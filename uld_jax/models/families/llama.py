@@ -64,9 +64,11 @@ def config_from_gguf(meta: Mapping[str, Any]) -> DecoderConfig:
         rope_freqs="rope_freqs.weight" in meta["tensors"],
     )
     fields = fields_from_gguf(meta)
+    rope = {"rope_theta": meta.get("llama.rope.freq_base", 10_000.0)}
+    as_hf = {"rope_parameters": rope, "max_position_embeddings": fields["max_positions"]}
     return DecoderConfig(
         family="llama",
-        rope_theta=meta.get("llama.rope.freq_base", 10_000.0),
+        **rope_fields("llama", as_hf),
         query_scale=fields["head_dim"] ** -0.5,
         **fields,
     )

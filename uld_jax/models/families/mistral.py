@@ -30,7 +30,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = fields_from_hf(hf)
     return DecoderConfig(
         family="mistral",
-        activation=activation_from_hf("mistral", hf["hidden_act"]),
+        activation=activation_from_hf("mistral", hf),
         query_scale=fields["head_dim"] ** -0.5,
         **window_from_hf(hf),
         **rope_fields("mistral", hf),

@@ -30,7 +30,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         family="olmo2",
         norm_placement="output",
-        activation=activation_from_hf("olmo2", hf["hidden_act"]),
+        activation=activation_from_hf("olmo2", hf),
         qkv_bias=hf["attention_bias"],
         out_bias=hf["attention_bias"],
         qk_norm="all",

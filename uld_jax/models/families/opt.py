@@ -13,7 +13,6 @@ from uld_jax.models.families.fields import (
     activation_from_hf,
     end_ids,
     ids_to_hf,
-    refuse,
 )
 
 # Rows of the position table that fairseq kept for padding.
@@ -31,7 +30,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(hf.to_dict()).norm_placement
         'post'
     """
-    refuse("opt", layer_norm_elementwise_affine=_unless(hf["layer_norm_elementwise_affine"]))
     heads, narrow = hf["num_attention_heads"], hf["word_embed_proj_dim"]
     before = hf["do_layer_norm_before"]
     return DecoderConfig(
@@ -47,7 +45,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         norm_eps=1e-5,
         norm_placement="pre" if before else "post",
         final_norm=before and not hf["_remove_final_layer_norm"],
-        activation=activation_from_hf("opt", hf["activation_function"]),
+        activation=activation_from_hf("opt", hf, "activation_function"),
         gated=False,
         qkv_bias=hf["enable_bias"],
         out_bias=hf["enable_bias"],
@@ -62,10 +60,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         eos_id=end_ids(hf.get("eos_token_id")),
         pad_id=hf.get("pad_token_id"),
     )
-
-
-def _unless(flag: bool) -> str | None:
-    return None if flag else "False"
 
 
 def config_to_hf(c: DecoderConfig) -> transformers.PretrainedConfig:

@@ -31,7 +31,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = fields_from_hf(hf)
     return DecoderConfig(
         family="phi3",
-        activation=activation_from_hf("phi3", hf["hidden_act"]),
+        activation=activation_from_hf("phi3", hf),
         query_scale=fields["head_dim"] ** -0.5,
         **window_from_hf(hf),
         **rope_fields("phi3", hf),

@@ -39,7 +39,7 @@ def config_from_hf(family: str, hf: Mapping[str, Any]) -> DecoderConfig:
     fields, bias = fields_from_hf(hf), hf.get("attention_bias", False)
     return DecoderConfig(
         family=family,
-        activation=activation_from_hf(family, hf["hidden_act"]),
+        activation=activation_from_hf(family, hf),
         qkv_bias=family == "qwen2" or bias,
         out_bias=bias,
         qk_norm="head" if family == "qwen3" else "none",

@@ -6,6 +6,7 @@ from typing import Any
 
 from uld_jax.errors import UserError
 from uld_jax.models.config import DecoderConfig, RopeScaling
+from uld_jax.models.families.fields import refuse
 
 # What each scaling may say; anything else is refused by name.
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
@@ -53,7 +54,7 @@ def rope_from_hf(
         (10000.0, 1.0, RopeScaling(kind='linear', factor=2.0, ...))
     """
     kind = rope.get("rope_type", "default")
-    where = f"config.json of model_type '{family}': rope_parameters"
+    where = f"model_type '{family}': rope_parameters"
     if kind not in _FIELDS:
         raise UserError(
             f"{where}: rope_type {kind!r} is not supported; it may be {sorted(_FIELDS)}"
@@ -165,6 +166,9 @@ def rope_fields(family: str, hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     positions = hf["max_position_embeddings"]
     theta, fraction, scaling = rope_from_hf(family, hf["rope_parameters"], positions)
+    # Older configs say it outside; transformers works it into rope_parameters where it counts.
+    outside = hf.get("partial_rotary_factor") or fraction
+    refuse(family, partial_rotary_factor=outside if outside != fraction else None)
     return {
         "rope_theta": theta,
         "rope_local_theta": theta,

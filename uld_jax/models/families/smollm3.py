@@ -30,17 +30,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
         (False, False, False, True)
     """
     fields = fields_from_hf(hf)
-    windows = window_from_hf(hf) if hf["use_sliding_window"] else {}
+    windows = window_from_hf(hf)
     return DecoderConfig(
         family="smollm3",
-        activation=activation_from_hf("smollm3", hf["hidden_act"]),
+        activation=activation_from_hf("smollm3", hf),
         qkv_bias=hf["attention_bias"],
         out_bias=hf["attention_bias"],
         mlp_bias=hf["mlp_bias"],
         query_scale=fields["head_dim"] ** -0.5,
         # Hugging Face's flag says of each layer that it is rotated.
         unrotated_layers=tuple(not rotated for rotated in hf["no_rope_layers"]),
-        **windows,
+        **(windows if hf["use_sliding_window"] else {}),
         **rope_fields("smollm3", hf),
         **fields,
     )

@@ -30,10 +30,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
     """
     named = (hf.get("decoder_start_token_id"), hf.get("pad_token_id"))
     starts = [token for token in named if token is not None]
-    act = hf["dense_act_fn"]
+    act, named_act = hf["dense_act_fn"], hf["feed_forward_proj"]
     refuse(
         hf["model_type"],
-        feed_forward_proj=None if act in ACTIVATION else hf["feed_forward_proj"],
+        feed_forward_proj=None if act in ACTIVATION else named_act,
         is_encoder_decoder="False" if not hf.get("is_encoder_decoder", True) else None,
         decoder_start_token_id=None if starts else "None",
     )
