@@ -100,7 +100,8 @@ def test_every_flaw_of_the_weights_is_in_one_message(directory):
     assert message == (
         f"{directory}: 4 problems with its weights: missing {QUERY}; missing model.norm.weight; "
         "unexpected model.layers.0.self_attn.q_proj.bias; "
-        f"{up} has shape (32, 48), expected (48, 32)"
+        f"{up} has shape (32, 48), expected (48, 32); "
+        "they are not those of its config (vocab_size 300, …): fetch both again"
     )
 
 
@@ -109,7 +110,8 @@ def test_weights_cut_short(directory, kept):
     path = directory / WEIGHTS
     path.write_bytes(path.read_bytes()[:kept])
     message = refusal(directory)
-    assert message.startswith(f"{path}: not a complete safetensors file")
+    assert message.startswith(f"{path}: not a complete safetensors file: ")
+    assert f"its {path.stat().st_size} bytes may be a download cut short: fetch it" in message
 
 
 def test_no_config(directory):
@@ -161,7 +163,9 @@ def test_a_config_that_is_not_supported(directory, changes, said):
 def test_a_vocabulary_of_the_wrong_size(directory):
     edit_config(directory, vocab_size=65)
     said = "model.embed_tokens.weight has shape (300, 32), expected (65, 32)"
-    assert said in refusal(directory)
+    message = refusal(directory)
+    assert said in message
+    assert "not those of its config (vocab_size 65, …): fetch both again" in message
 
 
 def test_our_own_code_reads_a_supported_model_that_brings_code_along(directory, original):
@@ -231,7 +235,10 @@ def test_a_tensor_that_the_index_names_is_missing(directory):
     tensors = safetensors.numpy.load_file(directory / file)
     del tensors[QUERY]
     safetensors.numpy.save_file(tensors, directory / file)
-    assert refusal(directory) == f"{directory}: 1 problems with its weights: missing {QUERY}"
+    assert refusal(directory) == (
+        f"{directory / INDEX}: 1 tensors are not where it says: {QUERY} is not in {file} but in "
+        "no file; the index and the files are not of one export: fetch them all again"
+    )
 
 
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16, np.float64])
@@ -250,7 +257,10 @@ def test_stored_types(directory, original, stored, wanted):
 
 
 def test_tensors_are_read_on_the_host(saved):
-    assert type(SafetensorsSource(saved).read(QUERY)) is np.ndarray
+    found = SafetensorsSource(saved).read(QUERY, [((0, 32), (0, 32)), ((3, 5), (8, 32))])
+    assert [type(part) for part in found] == [np.ndarray, np.ndarray]
+    np.testing.assert_array_equal(found[0], tensors_in(saved)[QUERY])
+    np.testing.assert_array_equal(found[1], found[0][3:5, 8:])
 
 
 def test_a_tied_head_that_is_stored_twice(directory, original):

@@ -16,7 +16,7 @@ from uld_jax.sharding import make_mesh
 from uld_jax.testing import toy_tokenizer
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZE = {"vocab_size": 64, "hidden_size": 32, "initializer_range": 0.3} | IDS
+SIZE = {"vocab_size": 304, "hidden_size": 32, "initializer_range": 0.3} | IDS
 EAGER = {"attn_implementation": "eager"}
 CLASSIC = SIZE | EAGER | {"num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = CLASSIC | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
@@ -54,7 +54,7 @@ def bloom(heads, **changes):
 
 
 def gpt2(**changes):
-    size = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 24}
+    size = {"vocab_size": 304, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 24}
     return lambda: transformers.GPT2Config(
         **(IDS | EAGER | size | {"initializer_range": 0.3} | changes)
     )

@@ -1,15 +1,17 @@
 """GGUF files as a source of Hugging Face tensors: read through `gguf`, dequantised by numpy."""
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
 from uld_jax.errors import UserError
 from uld_jax.models.config import DecoderConfig
-from uld_jax.models.families import Family, Weight, by_gguf_architecture
+from uld_jax.models.families import Family, Weight, by_gguf_architecture, config_of_gguf
+from uld_jax.models.reading import Box
 
 LONG_ARRAY = 1024
 
@@ -33,6 +35,16 @@ class _HeaderReader(gguf.GGUFReader):
         return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
 
 
+class _Stored(NamedTuple):
+    """Where and how a file holds a tensor."""
+
+    kind: gguf.GGMLQuantizationType
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    values: tuple[int, ...]
+
+
 class GgufSource:
     """A GGUF file seen as Hugging Face tensors.
 
@@ -46,20 +58,27 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = _HeaderReader(path)
-            self._tensors = {t.name: t for t in self._reader.tensors}
-            fields = {k: f.contents() for k, f in self._reader.fields.items() if f.data}
+            reader = _HeaderReader(path)
+            tensors = {t.name: t for t in reader.tensors}
+            fields = {k: f.contents() for k, f in reader.fields.items() if f.data}
         except (ValueError, LookupError, ArithmeticError, struct.error) as error:
             raise UserError(
                 f"{path}: not a complete GGUF file ({error}); its {path.stat().st_size} bytes may "
                 "be a download cut short: fetch it again"
             ) from error
-        if self._reader.byte_order == "S":
+        if reader.byte_order == "S":
             raise UserError(f"{path}: big-endian GGUF files are not supported; convert it again")
-        shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in self._tensors.items()}
+        shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in tensors.items()}
+        # Nothing here may keep the reader's map of the file: what has been read through it would
+        # stay in memory.
+        self._stored = {
+            name: _Stored(t.tensor_type, t.data.dtype, t.data.shape, t.data_offset, shapes[name])
+            for name, t in tensors.items()
+        }
         try:
             self.family: Family = by_gguf_architecture(fields["general.architecture"], str(path))
-            self.config: DecoderConfig = self.family.config_from_gguf(fields | {"tensors": shapes})
+            meta = fields | {"tensors": shapes}
+            self.config: DecoderConfig = config_of_gguf(self.family, meta, str(path))
         except KeyError as error:
             raise UserError(f"{path}: GGUF metadata or tensor {error} is missing") from error
         self._names: dict[str, tuple[Weight, str]] = {}
@@ -70,16 +89,18 @@ class GgufSource:
         known = {theirs: ours for ours, (_, theirs) in self._names.items()}
         self.shapes = {known.get(name, name): shape for name, shape in shapes.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in the Hugging Face layout, float32."""
-        weight, stored = self._names[name]
-        tensor = self._tensors[stored]
+    def read(self, name: str, boxes: Sequence[Box]) -> list[np.ndarray]:
+        """Parts of one tensor in the Hugging Face layout, float32; all of it is dequantised."""
+        weight, theirs = self._names[name]
+        stored = self._stored[theirs]
+        data = np.memmap(self.path, stored.dtype, "r", stored.offset, stored.shape)
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = gguf.quants.dequantize(data, stored.kind)
         except NotImplementedError as error:
             raise UserError(
-                f"{self.path}: tensor {stored} is of type {tensor.tensor_type.name}, which "
+                f"{self.path}: tensor {theirs} is of type {stored.kind.name}, which "
                 "cannot be dequantised; convert the model to another GGUF type"
             ) from error
-        values = values.reshape(tuple(tensor.shape.tolist()[::-1])).astype(np.float32)
-        return self.family.gguf_to_hf(self.config, weight, values)
+        values = np.asarray(values.reshape(stored.values), np.float32)
+        whole = self.family.gguf_to_hf(self.config, weight, values)
+        return [whole[tuple(slice(*bounds) for bounds in box)] for box in boxes]

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 import transformers
 from flax import nnx
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -27,12 +27,13 @@ from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.decoder import REMAT_POLICIES, Decoder
 from uld_jax.models.encoder_decoder import EncoderDecoder
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
-from uld_jax.models.families import Family, Part, Weight, by_model_type, hf_names
+from uld_jax.models.families import Part, by_model_type, hf_names
 from uld_jax.models.gguf import GgufSource
 from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from uld_jax.models.lora import merged
-from uld_jax.models.safetensors_source import SafetensorsSource
-from uld_jax.sharding import make_mesh, named_sharding
+from uld_jax.models.reading import TensorSource, check_weights, parameters_of, read_parameter
+from uld_jax.models.safetensors_source import SafetensorsSource, refuse_pickles
+from uld_jax.sharding import make_mesh
 
 FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
 
@@ -52,26 +53,39 @@ class LoadedModel:
     config: DecoderConfig
 
 
-class TensorSource(Protocol):
-    """Where weights come from: a config, and tensors by their Hugging Face names."""
-
-    family: Family
-    config: DecoderConfig
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        ...
-
-
 def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        # With False, code that comes with the model is neither run nor asked about.
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: no tokenizer that opens ({reason}); save the model's tokenizer.json there"
         ) from error
+
+
+def _check_tokenizer(
+    tokenizer: transformers.PreTrainedTokenizerFast, vocab_size: int, where: str
+) -> None:
+    """Every id that text or its ends can get has a row of the embedding.
+
+    Tokens added to a vocabulary may be beyond it: Gemma 3's for an image is, of which text models
+    have no row.
+    """
+    added = tokenizer.get_added_vocab()
+    ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    beyond = {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if number >= vocab_size and (token not in added or token in ends)
+    }
+    if beyond:
+        token, highest = max(beyond.items(), key=lambda item: item[1])
+        raise UserError(
+            f"{where}: {len(beyond)} tokens of its tokenizer have ids beyond its vocab_size "
+            f"{vocab_size}, up to {highest} ({token!r}): take the tokenizer that belongs to the "
+            "weights, or give them more rows with transformers' resize_token_embeddings"
+        )
 
 
 def load(
@@ -96,7 +110,8 @@ def load(
 
     Raises:
         UserError: Nothing there, an unsupported architecture or setting, or weights that are
-            missing, unexpected or of the wrong shape (all of them in one message).
+            missing, unexpected or of the wrong shape (all of them in one message), or a
+            tokenizer with more tokens than the embedding.
 
     Example:
         >>> load("nowhere/at-all.gguf")
@@ -110,8 +125,12 @@ def load(
     if remat not in (kinds := ["none", *REMAT_POLICIES]):
         raise UserError(f"remat must be one of {kinds}: got {remat!r}")
     tensors, tokenizer = _open_source(str(source))
-    model = _fill(tensors, policy, jnp.dtype(param_type), mesh, str(source))
-    return LoadedModel(model, tokenizer, tensors.config)
+    graph, state = nnx.split(abstract_decoder(tensors.config, policy, jnp.dtype(param_type)))
+    check_weights(tensors, state, str(source))
+    _check_tokenizer(tokenizer, tensors.config.vocab_size, str(source))
+    for weight, param in parameters_of(tensors, state):
+        param.set_value(read_parameter(tensors, weight, param, mesh))
+    return LoadedModel(nnx.merge(graph, state), tokenizer, tensors.config)
 
 
 def _float_name(setting: str, dtype: jax.typing.DTypeLike) -> str:
@@ -137,64 +156,18 @@ def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedToke
             raise UserError(f"{source}: no such directory, and not a hub id like 'owner/name'")
         try:
             path = Path(snapshot_download(source, allow_patterns=FILES))
+            if not any(path.glob("*.safetensors")):
+                # Pickled files are not fetched; whether there are any, the hub says.
+                names = [file.rfilename for file in HfApi().model_info(source).siblings or ()]
+                if pickled := sorted(name for name in names if name.endswith(".bin")):
+                    target = f"{source.split('/')[1]}-safetensors"
+                    refuse_pickles(f"{source}/model.safetensors", pickled, source, target)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{source}: no such directory here, and the hub did not give it: {reason}"
             ) from error
     return SafetensorsSource(path), _read_tokenizer(path)
-
-
-def check_weights(tensors: TensorSource, abstract: nnx.State, where: str) -> None:
-    """Compares a source's tensors with those the model needs.
-
-    Args:
-        tensors: The source.
-        abstract: The model's parameters, shapes only.
-        where: Named in the error.
-
-    Raises:
-        UserError: Lists every missing, unexpected and wrongly shaped tensor.
-    """
-    expected: dict[str, tuple[int, ...]] = {}
-    for weight, param in _parameters(tensors, abstract):
-        shape = tuple(param.shape)[1 if weight.stacked else 0 :]
-        shape = shape[::-1] if weight.transpose else shape
-        if weight.part is not None:
-            axis, rows = weight.part.axis, weight.part.groups * sum(weight.part.sizes)
-            shape = (*shape[:axis], rows, *shape[axis + 1 :])
-        expected |= dict.fromkeys(hf_names(weight, param.shape[0]), shape)
-    found = dict(tensors.shapes)
-    if tensors.config.tied:
-        # Some exporters write the tied head a second time.
-        found.pop("lm_head.weight", None)
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise UserError(
-            f"{where}: {len(problems)} problems with its weights: {'; '.join(problems)}"
-        )
-
-
-def _parameters(tensors: TensorSource, state: nnx.State) -> list[tuple[Weight, nnx.Param]]:
-    flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
-    return [(w, flat[w.path]) for w in tensors.family.weights(tensors.config)]
-
-
-def _fill(
-    tensors: TensorSource, policy: Policy, param_dtype: Any, mesh: Mesh, where: str
-) -> Decoder:
-    model = abstract_decoder(tensors.config, policy, param_dtype)
-    graph, state = nnx.split(model)
-    check_weights(tensors, state, where)
-    for weight, param in _parameters(tensors, state):
-        param.set_value(_read_sharded(tensors, weight, param, mesh))
-    return nnx.merge(graph, state)
 
 
 def abstract_decoder(config: DecoderConfig, policy: Policy, param_dtype: Any) -> Decoder:
@@ -227,32 +200,6 @@ def model_class(config: Any) -> Any:
         'Decoder'
     """
     return EncoderDecoder if isinstance(config, EncoderDecoderConfig) else Decoder
-
-
-def _read_sharded(tensors: TensorSource, weight: Weight, param: nnx.Param, mesh: Mesh) -> jax.Array:
-    """Builds one parameter: every tensor is read once and cut into this process's shards."""
-    sharding = named_sharding(mesh, param.get_metadata("axes"), param.shape, weight.path)
-    places = sharding.addressable_devices_indices_map(tuple(param.shape))
-    cuts = {device: _bounds(index, param.shape) for device, index in places.items()}
-    shards = {
-        cut: np.empty([stop - start for start, stop in cut], param.dtype) for cut in cuts.values()
-    }
-    for layer, name in enumerate(hf_names(weight, param.shape[0])):
-        tensor = tensors.read(name)
-        tensor = tensor if weight.part is None else weight.part.take(tensor)
-        tensor = tensor.T if weight.transpose else tensor
-        for cut, shard in shards.items():
-            within = tuple(slice(*bounds) for bounds in cut[weight.stacked :])
-            if not weight.stacked:
-                shard[...] = tensor[within]
-            elif cut[0][0] <= layer < cut[0][1]:
-                shard[layer - cut[0][0]] = tensor[within]
-    arrays = [jax.device_put(shards[cut], device) for device, cut in cuts.items()]
-    return jax.make_array_from_single_device_arrays(tuple(param.shape), sharding, arrays)
-
-
-def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import safetensors
@@ -11,9 +12,20 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from uld_jax.errors import UserError
-from uld_jax.models.families import by_model_type
+from uld_jax.models.families import by_model_type, config_of_hf
+from uld_jax.models.reading import Box
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+INDEX = "model.safetensors.index.json"
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is: its file, its name there, its shape and type."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
 
 
 class SafetensorsSource:
@@ -23,7 +35,8 @@ class SafetensorsSource:
         directory: The directory.
 
     Raises:
-        UserError: A file is missing or broken, or the architecture is not supported.
+        UserError: A file is missing or broken, the files are not as their index says, or the
+            architecture or a field of its config is not supported.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,24 +52,15 @@ class SafetensorsSource:
             )
         self.family = by_model_type(str(config.get("model_type")), where)
         hf_config = _read_config(directory)
-        index = directory / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.is_file():
-            names = set(_read_json(index).get("weight_map", {}).values())
-        files = [_open(directory / name) for name in sorted(names)]
-        # By the present name of each tensor, the file and the name that it has there.
+        # By its present name, for each tensor.
         self._stored = {
-            self.family.tensor_name(name): (file, name)
-            for file in files
-            for name in file.keys()  # noqa: SIM118 (safe_open is no mapping)
-            if not name.endswith(self.family.ignored or ("\0",))
+            self.family.tensor_name(stored.name): stored
+            for stored in _stored_tensors(directory)
+            if not stored.name.endswith(self.family.ignored or ("\0",))
         }
-        slices = {name: file.get_slice(old) for name, (file, old) in self._stored.items()}
-        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self.config = self.family.config_from_hf(hf_config | {"tensors": self.shapes})
-        odd = {
-            name: kind for name, part in slices.items() if (kind := part.get_dtype()) not in FLOATS
-        }
+        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
+        self.config = config_of_hf(self.family, hf_config | {"tensors": self.shapes}, where)
+        odd = {n: stored.kind for n, stored in self._stored.items() if stored.kind not in FLOATS}
         if odd:
             name, kind = min(odd.items())
             raise UserError(
@@ -64,19 +68,69 @@ class SafetensorsSource:
                 f"first: {name}, {kind}); export the model unquantised"
             )
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored type."""
-        file, stored = self._stored[name]
-        return file.get_tensor(stored)
+    def read(self, name: str, boxes: Sequence[Box]) -> list[np.ndarray]:
+        """Parts of one tensor in its stored type; the rest is not read."""
+        stored = self._stored[name]
+        # Opened for each tensor, since the pages of a mapped file count as memory until it closes.
+        with _open(stored.file) as file:
+            tensor = file.get_slice(stored.name)
+            return [tensor[tuple(slice(*bounds) for bounds in box)] for box in boxes]
+
+
+def _stored_tensors(directory: Path) -> list[_Stored]:
+    """What the files hold, headers only; where there is an index, as it says."""
+    index = directory / INDEX
+    weight_map = _read_weight_map(index) if index.is_file() else {}
+    files = sorted(set(weight_map.values())) or ["model.safetensors"]
+    tensors: list[_Stored] = []
+    for path in (directory / name for name in files):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = file.get_slice(name)
+                tensors.append(_Stored(path, name, tuple(part.get_shape()), part.get_dtype()))
+    found: dict[str, list[str]] = {}
+    for stored in tensors:
+        found.setdefault(stored.name, []).append(stored.file.name)
+    wrong = [
+        f"{name} is not in {file} but in {', '.join(found.get(name, ['no file']))}"
+        for name, file in sorted(weight_map.items())
+        if file not in found.get(name, ())
+    ]
+    if wrong:
+        raise UserError(
+            f"{index}: {len(wrong)} tensors are not where it says: {'; '.join(wrong)}; the index "
+            "and the files are not of one export: fetch them all again"
+        )
+    return [t for t in tensors if weight_map.get(t.name, t.file.name) == t.file.name]
+
+
+def _read_weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{index}: expected 'weight_map', each tensor's file, found {weight_map!r}; fetch it "
+            "again"
+        )
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and Path(file).name == file
+        if not plain or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: {name} should be in a .safetensors file of this directory, not in "
+                f"{file!r}; no others are read: put it here and name it in weight_map, or fetch "
+                "the model again"
+            )
+    return weight_map
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     """A Hugging Face config that transformers has checked."""
     try:
-        return transformers.AutoConfig.from_pretrained(directory).to_dict()
+        # With False, code that comes with the model is neither run nor asked about.
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{directory / 'config.json'}: {reason}") from error
+    return config.to_dict()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -96,21 +150,42 @@ def _open(path: Path) -> Any:
         pickled = sorted(p.name for p in path.parent.glob("*.bin"))
         if not pickled:
             raise UserError(f"{path}: no such weights file; fetch the model again")
-        raise UserError(
-            f"{path}: no such weights file, only {pickled}, and pickle files are not read: they "
-            f"may run code; where torch is installed, convert them: {_convert(path.parent)}"
-        )
+        refuse_pickles(path, pickled, str(path.parent), f"{path.parent}-safetensors")
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not a complete safetensors file: {reason}; its {path.stat().st_size} bytes "
+            "may be a download cut short: fetch it again"
+        ) from error
 
 
-def _convert(directory: Path) -> str:
+def refuse_pickles(path: object, pickled: Sequence[str], source: str, target: str) -> NoReturn:
+    """Says that there are pickled weights only, and how to convert them.
+
+    Args:
+        path: The weights file that is not there.
+        pickled: The files that are.
+        source: What transformers opens: a directory or a hub id.
+        target: The directory that the command makes.
+
+    Raises:
+        UserError: Always.
+
+    Example:
+        >>> refuse_pickles("m/model.safetensors", ["pytorch_model.bin"], "m", "m-safetensors")
+        Traceback (most recent call last):
+        ...
+        uld_jax.errors.UserError: m/model.safetensors: no such weights file, only ...
+    """
     code = (
-        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         "d, o = sys.argv[1:]; M.from_pretrained(d).save_pretrained(o); "
         "T.from_pretrained(d).save_pretrained(o)"
     )
-    target = directory.with_name(f"{directory.name}-safetensors")
-    return shlex.join(["python", "-c", f"import sys; {code}", str(directory), str(target)])
+    command = shlex.join(["python", "-c", code, source, target])
+    raise UserError(
+        f"{path}: no such weights file, only {list(pickled)}, and pickle files are not read: they "
+        f"may run code; where torch is installed, convert them: {command}"
+    )

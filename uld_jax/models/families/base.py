@@ -26,8 +26,8 @@ class Part:
 
     Example:
         >>> part = Part(groups=2, sizes=(1, 2), index=1)
-        >>> part.take(np.arange(6)).tolist()
-        [1, 2, 4, 5]
+        >>> part.ranges(0, 4)
+        [(1, 3), (4, 6)]
     """
 
     groups: int
@@ -35,22 +35,32 @@ class Part:
     index: int
     axis: int = 0
 
-    def take(self, tensor: np.ndarray) -> np.ndarray:
-        """This part of the fused tensor.
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where rows of this part lie in the fused tensor.
+
+        Args:
+            start: The first row.
+            stop: The row after the last.
+
+        Returns:
+            Start and stop in the fused tensor, one pair a group, in order.
 
         Example:
-            >>> Part(1, (1, 1), 0).take(np.array([[5.0], [6.0]])).tolist()
-            [[5.0]]
+            >>> Part(groups=2, sizes=(1, 2), index=1).ranges(1, 4)
+            [(2, 3), (4, 6)]
         """
-        start = sum(self.sizes[: self.index])
-        rows = np.moveaxis(tensor, self.axis, 0)
-        groups = rows.reshape(self.groups, sum(self.sizes), *rows.shape[1:])
-        cut = groups[:, start : start + self.sizes[self.index]]
-        return np.moveaxis(cut.reshape(-1, *rows.shape[1:]), 0, self.axis)
+        size, first, period = self.sizes[self.index], sum(self.sizes[: self.index]), sum(self.sizes)
+        return [
+            (
+                group * period + first + max(start - group * size, 0),
+                group * period + first + min(stop - group * size, size),
+            )
+            for group in range(start // size, -(-stop // size))
+        ]
 
     @staticmethod
     def join(parts: Sequence["Part"], arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The fused tensor of all its parts, in any order: the inverse of `take`.
+        """The fused tensor of all its parts, in any order.
 
         Example:
             >>> parts = [Part(2, (1, 2), 1), Part(2, (1, 2), 0)]
