@@ -1,7 +1,8 @@
 """Models: one decoder and one encoder-decoder by config, loading, export and generation."""
 
 from uld_jax.models.config import DecoderConfig, Policy
-from uld_jax.models.decode import complete, generate
+from uld_jax.models.continuous import Continuation
+from uld_jax.models.decode import complete, continue_prompts, generate, line_stop_ids
 from uld_jax.models.decoder import Decoder, parameters
 from uld_jax.models.encoder_decoder import EncoderDecoder
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
@@ -14,18 +15,23 @@ from uld_jax.models.hf_io import (
 )
 from uld_jax.models.lora import add_adapters, merged, split_trained
 from uld_jax.models.quantization import quantize
+from uld_jax.models.sampling import Sampling
 
 __all__ = [
+    "Continuation",
     "Decoder",
     "DecoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "LoadedModel",
     "Policy",
+    "Sampling",
     "abstract_decoder",
     "add_adapters",
     "complete",
+    "continue_prompts",
     "generate",
+    "line_stop_ids",
     "load",
     "merged",
     "model_class",

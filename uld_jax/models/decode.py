@@ -1,6 +1,7 @@
-"""Batched generation: prefill the prompts, then one token at a time until every row has ended."""
+"""Generation: continues prompts of any lengths in a pool of rows that are refilled as they end."""
 
-import functools
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,137 +9,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from uld_jax.errors import UserError
 from uld_jax.models.config import DecoderConfig
+from uld_jax.models.continuous import Batcher, Continuation, length_bucket
 from uld_jax.models.decoder import Decoder
+from uld_jax.models.encoder_decoder import EncoderDecoder
+from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from uld_jax.models.pool import Plan, Request
+from uld_jax.models.sampling import Sampling
+from uld_jax.models.stop_strings import StopStrings
+from uld_jax.sharding import MESH_AXES, batch_shards
 
 if TYPE_CHECKING:
     from uld_jax.models.hf_io import LoadedModel
 
-
-def sample(
-    logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """Draws one token a row from softmax(logits / temperature), cut to the nucleus of mass top_p.
-
-    Args:
-        logits_BV: Next-token logits.
-        key: PRNG key.
-        temperature: Above 0.
-        top_p: The smallest set of tokens with at least this mass is kept; 1 keeps all.
-
-    Returns:
-        int32[B].
-
-    Example:
-        >>> logits = jnp.array([[9.0, 1.0, 0.0]])
-        >>> sample(logits, jax.random.key(0), jnp.array(1.0), jnp.array(0.5)).tolist()
-        [0]
-    """
-    scaled_BV = logits_BV / temperature
-    sorted_BV = jnp.sort(jax.nn.softmax(scaled_BV, axis=-1), axis=-1, descending=True)
-    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    # The least probability inside the nucleus; the first token is always in.
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, 1.0), axis=-1, keepdims=True)
-    kept_BV = jnp.where(jax.nn.softmax(scaled_BV, axis=-1) >= least_B1, scaled_BV, -jnp.inf)
-    return jax.random.categorical(key, kept_BV, axis=-1).astype(jnp.int32)
+Prompts = Sequence[Sequence[int] | np.ndarray]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "greedy"))
-def _generate(
-    graph: nnx.GraphDef[Decoder],
-    params: nnx.State,
-    prompts_BP: jax.Array,
-    lengths_B: jax.Array,
-    stop_ids: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    *,
-    max_new_tokens: int,
-    greedy: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B, max_new_tokens] and how many of them each row wrote before its stop token."""
-    model = nnx.merge(graph, params)
-    rows = len(lengths_B)
-    last_BD, cache, next_B = model.start(prompts_BP, lengths_B, max_new_tokens)
-
-    def choose(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
-        logits_BV = model.logits(hidden_BD)
-        if greedy:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return sample(logits_BV, jax.random.fold_in(key, step), temperature, top_p)
-
-    def unfinished(carry: Any) -> jax.Array:
-        step, *_, done_B = carry
-        return (step < max_new_tokens) & ~jnp.all(done_B)
-
-    def advance(carry: Any) -> Any:
-        step, token_B, cache, out_BN, count_B, done_B = carry
-        done_B |= jnp.isin(token_B, stop_ids)
-        out_BN = out_BN.at[:, step].set(jnp.where(done_B, 0, token_B))
-        count_B += ~done_B
-        hidden_B1D, cache = model.read(token_B[:, None], (next_B + step)[:, None], cache)
-        return step + 1, choose(hidden_B1D[:, 0], step + 1), cache, out_BN, count_B, done_B
-
-    start = jnp.zeros((), jnp.int32)
-    carry = (
-        start,
-        choose(last_BD, start),
-        cache,
-        jnp.zeros((rows, max_new_tokens), jnp.int32),
-        jnp.zeros(rows, jnp.int32),
-        lengths_B == 0,
-    )
-    _, _, _, out_BN, count_B, _ = jax.lax.while_loop(unfinished, advance, carry)
-    return out_BN, count_B
-
-
-def length_bucket(length: int, smallest: int = 16) -> int:
-    """The padded prompt length: 16, 24, 32, 48, 64, 96, …, so that few programs are compiled.
-
-    Example:
-        >>> [length_bucket(n) for n in (1, 17, 25, 100)]
-        [16, 24, 32, 128]
-    """
-    bucket = smallest
-    while bucket < length:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return bucket
-
-
-def generate(
-    model: Decoder,
-    prompt_ids: Sequence[Sequence[int] | np.ndarray],
+def continue_prompts(
+    model: Decoder | EncoderDecoder,
+    prompt_ids: Prompts,
     *,
     max_new_tokens: int,
     eos_id: int | Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
+    log_probs: bool = False,
     key: jax.Array | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """Continues prompts of any lengths, batch by batch, with a key-value cache.
+) -> list[Continuation]:
+    """Continues prompts of any lengths with a key-value cache, ended rows making room for others.
 
-    Prompts are sorted by length and padded to a few bucket lengths, so the number of compiled
-    programs does not grow with the number of lengths. A row ends at its stop token, a batch when
-    all its rows have ended.
+    A pool of rows decodes together. When a quarter of them have ended, the next prompts, shortest
+    first, take their places while the others go on. Prompts are padded to a few bucket lengths, so
+    the number of compiled programs does not grow with the number of lengths. Where the model's
+    parameters lie on a mesh, so do the rows and the cache: rows over its batch axes, heads over
+    its tensor axis.
 
     Args:
-        model: The decoder.
+        model: The decoder or encoder-decoder.
         prompt_ids: Token ids, one sequence a prompt, none empty.
         max_new_tokens: At most this many new tokens a prompt.
         eos_id: The id, or ids, that end an answer; not part of it.
-        temperature: 0 for greedy, else the sampling temperature.
-        top_p: Nucleus mass in (0, 1].
-        key: PRNG key for sampling; key 0 by default.
-        batch_size: Rows computed together.
+        sampling: How tokens are chosen.
+        stop_strings: Texts that end an answer; they need the tokenizer.
+        tokenizer: The model's Hugging Face tokenizer; with it, continuations have their text.
+        log_probs: Whether they have log-probabilities.
+        key: PRNG key for sampling; key 0 by default. A sample depends on it, on the prompt and on
+            its place in prompt_ids, not on what else is in the pool.
+        batch_size: Rows of the pool; on a mesh rounded up to a multiple of its batch shards.
         progress: Called with the number of prompts done since the last call.
 
     Returns:
-        The new token ids of each prompt, in the order given, without the stop token.
+        One continuation a prompt, in the order given.
 
     Raises:
         UserError: Settings out of range; a prompt that is empty, that holds an id outside the
@@ -147,59 +74,133 @@ def generate(
     Example:
         >>> from uld_jax.testing import tiny_config
         >>> model = Decoder(tiny_config(), rngs=nnx.Rngs(0))
+        >>> found = continue_prompts(
+        ...     model, [[1, 2], [3]], max_new_tokens=4, eos_id=-1, log_probs=True
+        ... )
+        >>> [(len(each.ids), each.log_probs.shape, each.stop) for each in found]
+        [(4, (4,), 'length'), (4, (4,), 'length')]
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be >= 1: got {value}")
+    stops = StopStrings(stop_strings, tokenizer)
+    _check_prompts(model.config, prompt_ids, max_new_tokens)
+    request = Request(
+        jnp.array(np.atleast_1d(eos_id), jnp.int32),
+        jax.random.key(0) if key is None else key,
+        {name: jnp.float32(value) for name, value in sampling.in_use().items()},
+    )
+    plan = Plan(0, max_new_tokens, log_probs)
+    mesh = _mesh_of(model)
+    answers: dict[int, Continuation] = {}
+    rows = min(batch_size, len(prompt_ids))
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        shards = 1 if mesh is None else batch_shards(mesh)
+        for run in _runs([len(ids) for ids in prompt_ids], rows, max_new_tokens):
+            width = length_bucket(len(prompt_ids[run[-1]]))
+            width = min(width, model.config.max_positions - max_new_tokens)
+            run_plan = dataclasses.replace(plan, width=width)
+            batcher = Batcher(model, request, run_plan, rows=rows, shards=shards, stops=stops)
+            for done in batcher.run(prompt_ids, run):
+                answers |= done
+                if progress is not None:
+                    progress(len(done))
+    return [answers[i] for i in range(len(prompt_ids))]
+
+
+def _mesh_of(model: nnx.Module) -> Mesh | None:
+    """The mesh that the parameters lie on, if it is one of ours."""
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == MESH_AXES:
+            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return None
+
+
+def _runs(lengths: Sequence[int], rows: int, new_tokens: int) -> list[list[int]]:
+    """Prompts by length, in runs that share a pool.
+
+    Each row of a pool has room for its longest prompt, which all steps pay for. So long prompts
+    are set apart from much shorter ones, if these fill the pool often enough.
+    """
+    runs: list[list[int]] = []
+
+    def room(i: int) -> int:
+        return length_bucket(lengths[i]) + new_tokens
+
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if runs and (len(runs[-1]) < 4 * rows or room(i) <= 2 * room(runs[-1][0])):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def generate(
+    model: Decoder | EncoderDecoder,
+    prompt_ids: Prompts,
+    *,
+    max_new_tokens: int,
+    eos_id: int | Sequence[int],
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
+    key: jax.Array | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The ids of `continue_prompts`.
+
+    Args:
+        model: The decoder or encoder-decoder.
+        prompt_ids: Token ids, one sequence a prompt, none empty.
+        max_new_tokens: At most this many new tokens a prompt.
+        eos_id: The id, or ids, that end an answer; not part of it.
+        temperature: 0 for greedy, else the sampling temperature.
+        top_k: See `Sampling`, as for the next three.
+        top_p: Nucleus mass in (0, 1].
+        min_p: Least probability, as a part of the largest.
+        repetition_penalty: 1 for none.
+        stop_strings: Texts that end an answer. Its ids end with the token that completes one;
+            `continue_prompts` also has the text before it.
+        tokenizer: The model's tokenizer, needed for stop strings.
+        key: PRNG key for sampling; key 0 by default.
+        batch_size: Rows computed together.
+        progress: Called with the number of prompts done since the last call.
+
+    Returns:
+        The new token ids of each prompt, in the order given, without the stop token.
+
+    Raises:
+        UserError: As `continue_prompts`.
+
+    Example:
+        >>> from uld_jax.testing import tiny_config
+        >>> model = Decoder(tiny_config(), rngs=nnx.Rngs(0))
         >>> [len(ids) for ids in generate(model, [[1, 2], [3]], max_new_tokens=4, eos_id=-1)]
         [4, 4]
     """
-    _check_settings(max_new_tokens, batch_size, temperature, top_p)
-    _check_prompts(model.config, prompt_ids, max_new_tokens)
-    graph, params = nnx.split(model)
-    stop_ids = jnp.array(np.atleast_1d(eos_id), jnp.int32)
-    key = jax.random.key(0) if key is None else key
-    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    answers: list[list[int]] = [[] for _ in prompt_ids]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = length_bucket(max(len(prompt_ids[i]) for i in rows))
-        # Rows that fill up a last batch have length 0: done before they start.
-        prompts_BP = np.zeros((min(batch_size, len(order)), width), np.int32)
-        lengths_B = np.zeros(len(prompts_BP), np.int32)
-        for row, i in enumerate(rows):
-            lengths_B[row] = len(prompt_ids[i])
-            prompts_BP[row, : lengths_B[row]] = prompt_ids[i]
-        out_BN, count_B = jax.device_get(
-            _generate(
-                graph,
-                params,
-                prompts_BP,
-                lengths_B,
-                stop_ids,
-                jax.random.fold_in(key, start),
-                jnp.float32(temperature or 1.0),
-                jnp.float32(top_p),
-                max_new_tokens=max_new_tokens,
-                greedy=temperature == 0,
-            )
-        )
-        for row, i in enumerate(rows):
-            answers[i] = out_BN[row, : count_B[row]].tolist()
-        if progress is not None:
-            progress(len(rows))
-    return answers
-
-
-def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
-    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
-        raise UserError(
-            f"temperature must be >= 0 and 0 < top_p <= 1: got {temperature} and {top_p}"
-        )
-    if max_new_tokens < 1 or batch_size < 1:
-        raise UserError(
-            f"max_new_tokens and batch_size must be >= 1: got {max_new_tokens} and {batch_size}"
-        )
+    found = continue_prompts(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        key=key,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [each.ids for each in found]
 
 
 def _check_prompts(
-    config: DecoderConfig, prompt_ids: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int
+    config: DecoderConfig | EncoderDecoderConfig, prompt_ids: Prompts, max_new_tokens: int
 ) -> None:
     empty = [i for i, ids in enumerate(prompt_ids) if len(ids) == 0]
     if empty:
@@ -240,18 +241,24 @@ def line_stop_ids(m: "LoadedModel") -> list[int]:
 
 def complete(
     m: "LoadedModel",
-    prompt_ids: Sequence[Sequence[int] | np.ndarray],
+    prompt_ids: Prompts,
     *,
     max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+    stop_strings: Sequence[str] = (),
+    key: jax.Array | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy one-line continuations as text.
+    """One-line continuations as text, greedy by default.
 
     Args:
         m: The model and its tokenizer.
         prompt_ids: Token ids, one sequence a prompt.
         max_new_tokens: At most this many tokens an answer.
+        sampling: How tokens are chosen.
+        stop_strings: Texts that end an answer, besides the end of the line; not part of it.
+        key: PRNG key for sampling; key 0 by default.
         batch_size: Rows computed together.
         progress: Called with the number of prompts done since the last call.
 
@@ -259,16 +266,19 @@ def complete(
         One text a prompt, in the order given, special tokens left out.
 
     Raises:
-        UserError: As `generate`.
+        UserError: As `continue_prompts`.
     """
-    ids = generate(
+    found = continue_prompts(
         m.model,
         prompt_ids,
         max_new_tokens=max_new_tokens,
         eos_id=line_stop_ids(m),
+        sampling=sampling,
+        stop_strings=stop_strings,
+        tokenizer=m.tokenizer,
+        key=key,
         batch_size=batch_size,
         progress=progress,
     )
-    texts = m.tokenizer.batch_decode(ids, skip_special_tokens=True)
     # A token may hold text and a line break after it: such a one does not stop its row.
-    return [text.partition("\n")[0] for text in texts]
+    return [str(each.text).partition("\n")[0] for each in found]

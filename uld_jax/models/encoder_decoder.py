@@ -18,41 +18,13 @@ from uld_jax.models.block import (
     run_block,
     weight,
 )
-from uld_jax.models.cache import KVCache, empty_cache
+from uld_jax.models.cache import CrossCache, KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.decoder import REMAT_POLICIES
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from uld_jax.models.projection import matrix, project, table_rows
 from uld_jax.models.relative import position_bias
 from uld_jax.sharding import constrain
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CrossCache:
-    """What the decoder has read, and what it looks at in the encoder.
-
-    Args:
-        own: Keys and values of the decoder's own tokens.
-        k_LBPHh: Keys of the prompt, computed once.
-        v_LBPHh: Values of the prompt.
-        mask_BP: True on the prompt's tokens.
-    """
-
-    own: KVCache
-    k_LBPHh: jax.Array
-    v_LBPHh: jax.Array
-    mask_BP: jax.Array
-
-    @property
-    def length(self) -> jax.Array:
-        """The next slot to be written."""
-        return self.own.length
-
-    @property
-    def positions_BS(self) -> jax.Array:
-        """The position of the token in each slot, -1 for an empty one."""
-        return self.own.positions_BS
 
 
 class _RelativeView(View):
