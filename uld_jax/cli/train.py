@@ -17,7 +17,7 @@ from uld_jax.errors import UserError
 from uld_jax.evaluation import comparison_table, plot_losses, sample_table
 from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.teacher import generate_answers
-from uld_jax.train import MetricsWriter, fit, read_metrics
+from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
 from uld_jax.train.loop import step_count
 
 PROMPTS_AT_A_TIME = 64
@@ -157,9 +157,28 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
         buckets=config.data.buckets,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        answer_room=on_policy.answer_room if (on_policy := _on_policy(job)) else 0,
         convention=config.loss.convention,
         skip_student_eos=config.loss.skip_student_eos,
         skip_teacher_eos=config.loss.skip_teacher_eos,
+    )
+
+
+def _on_policy(job: _Run) -> OnPolicy | None:
+    """What samples answers from the student during training, if the config asks for it."""
+    config = job.config
+    if not config.train.on_policy_fraction:
+        return None
+    return OnPolicy(
+        job.student_side,
+        job.teacher_side,
+        examples={example.id: example for example in job.train_set},
+        pool=job.train_set,
+        seed=config.data.seed,
+        fraction=config.train.on_policy_fraction,
+        sampling=models.Sampling(temperature=config.train.on_policy_temperature),
+        max_new_tokens=config.train.on_policy_tokens,
+        stop_ids=models.line_stop_ids(job.student),
     )
 
 
@@ -191,6 +210,7 @@ def _distil(job: _Run, loader: Loader) -> models.Decoder:
             job.config,
             mesh=job.mesh,
             workdir=job.workdir,
+            on_policy=_on_policy(job),
             progress=show,
         )
 

@@ -55,7 +55,8 @@ class BaseModelConfig:
         source: Hugging Face id, directory of safetensors, or .gguf file.
         dtype: of the computation: float32 | bfloat16.
         param_dtype: of the stored parameters: float32 | bfloat16.
-        remat: what the backward pass computes again: none | dots (all but matrix products) | full.
+        remat: what the backward pass computes again: none | dots (all but matrix products) | full |
+            offload (as dots, the products kept in the host's memory).
         shots: worked examples in its prompt.
         chat: use of the tokenizer's chat template: auto (where there is one) | always | never.
         max_length: tokens; a longer prompt + answer is dropped and counted.
@@ -64,7 +65,7 @@ class BaseModelConfig:
     source: str = _field("", "a Hugging Face id, a safetensors directory or a .gguf file", bool)
     dtype: str = _choice("float32", "bfloat16")
     param_dtype: str = _choice("float32", "bfloat16")
-    remat: str = _choice("none", "dots", "full")
+    remat: str = _choice("none", "dots", "full", "offload")
     shots: int = _at_least(0, 0)
     chat: str = _choice("auto", "always", "never")
     max_length: int = _at_least(1, 1024)
@@ -213,6 +214,10 @@ class TrainConfig:
         log_every: optimizer steps between two lines of metrics.
         max_nonfinite_steps: skipped steps in a row, their loss or gradient not finite, that end it.
         seed: of everything random but the data.
+        on_policy_fraction: share of each batch's rows whose answer the student samples anew,
+            before the step, and the teacher reads; they have ULD and no cross-entropy.
+        on_policy_temperature: of the sampling.
+        on_policy_tokens: the most that are sampled for one answer.
     """
 
     epochs: int = _at_least(1, 1)
@@ -223,6 +228,9 @@ class TrainConfig:
     log_every: int = _at_least(1, 1)
     max_nonfinite_steps: int = _at_least(1, 5)
     seed: int = _at_least(0, 0)
+    on_policy_fraction: float = _field(0.0, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+    on_policy_temperature: float = _positive(1.0)
+    on_policy_tokens: int = _at_least(1, 32)
 
 
 @dataclasses.dataclass(frozen=True)

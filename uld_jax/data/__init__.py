@@ -5,7 +5,15 @@ from uld_jax.data.loader import Loader, make_loader
 from uld_jax.data.pack import collate
 from uld_jax.data.prompts import Prompt, chat_template, draw_shots, first_line, render
 from uld_jax.data.tasks import Example, load_examples
-from uld_jax.data.tokenize import Encoded, Pair, Side, encode, encode_pairs, encode_prompts
+from uld_jax.data.tokenize import (
+    Encoded,
+    Pair,
+    Side,
+    encode,
+    encode_pairs,
+    encode_prompts,
+    pairs_or_reasons,
+)
 
 __all__ = [
     "Encoded",
@@ -24,6 +32,7 @@ __all__ = [
     "first_line",
     "load_examples",
     "make_loader",
+    "pairs_or_reasons",
     "positional_pairs",
     "render",
 ]

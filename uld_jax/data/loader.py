@@ -76,12 +76,14 @@ class Loader:
         plan: Sequence[_PlannedBatch],
         shapes: tuple[BatchShape, ...],
         layout: _Layout,
+        answer_room: int,
         collate_options: dict[str, Any],
     ) -> None:
         self.shapes = shapes
         self._pairs = pairs
         self._plan = plan
         self._layout = layout
+        self._answer_room = answer_room
         self._collate_options = collate_options
 
     def __len__(self) -> int:
@@ -103,19 +105,61 @@ class Loader:
         import grain
 
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
-        batches = grain.MapDataset.source(self._plan).map(self._collate)
+        batches = grain.MapDataset.range(len(self._plan)).map(self._collate)
         return iter(batches.to_iter_dataset(options))
 
-    def _collate(self, planned: _PlannedBatch) -> dict[str, np.ndarray]:
-        shape = self.shapes[planned.bucket]
-        rows = self._layout.local_rows(planned.rows)
+    def rows(self, batch: int) -> list[Pair | None]:
+        """The pairs of one batch.
+
+        Args:
+            batch: Counted from 0.
+
+        Returns:
+            This process's rows; None is a row of padding.
+        """
+        rows = self._layout.local_rows(self._plan[batch].rows)
+        return [None if row == PADDING else self._pairs[row] for row in rows]
+
+    def has_room(self, batch: int, pair: Pair) -> bool:
+        """Whether a pair about the example of any of a batch's rows can take its place.
+
+        Args:
+            batch: Counted from 0.
+            pair: With another answer, of at most `make_loader`'s answer_room tokens.
+
+        Returns:
+            Whether it can.
+        """
+        shape = self.shapes[self._plan[batch].bucket]
+        return (
+            len(pair.student.answer) <= self._answer_room
+            and len(pair.student.tokens) <= shape.student_length
+            and len(pair.teacher.tokens) <= shape.teacher_length
+        )
+
+    def collate(self, batch: int, rows: Sequence[Pair | None]) -> dict[str, np.ndarray]:
+        """One batch's arrays with other pairs in its rows, in the same padded sizes.
+
+        Args:
+            batch: Counted from 0.
+            rows: As many as `rows` returns, each with room in the batch's shape.
+
+        Returns:
+            As the iterator's.
+
+        Raises:
+            ValueError: A row has no room.
+        """
         return collate(
-            [None if row == PADDING else self._pairs[row] for row in rows],
-            **dataclasses.asdict(shape),
+            rows,
+            **dataclasses.asdict(self.shapes[self._plan[batch].bucket]),
             micro_batches=self._layout.micro_batches,
             groups=self._layout.local_groups,
             **self._collate_options,
         )
+
+    def _collate(self, batch: int) -> dict[str, np.ndarray]:
+        return self.collate(batch, self.rows(batch))
 
 
 def make_loader(
@@ -129,6 +173,7 @@ def make_loader(
     buckets: int = 1,
     position_multiple: int = 16,
     length_multiple: int = 16,
+    answer_room: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     convention: str = "token_mean",
@@ -154,6 +199,8 @@ def make_loader(
         buckets: Number of length buckets, at most.
         position_multiple: N is rounded up to a multiple of this.
         length_multiple: T and S are rounded up to a multiple of this.
+        answer_room: Every row has room for an answer of so many tokens in place of its own, for
+            answers that are written during training.
         process_index: This process; it makes only its own groups of each micro-batch.
         process_count: Number of processes.
         convention: See `pack.collate`, as are the arguments below.
@@ -171,9 +218,13 @@ def make_loader(
     _check(pairs, batch_size, epochs, buckets, micro_batches, groups, process_count)
     sides = [(pair.student, pair.teacher) for pair in pairs]
     lengths = np.array(
-        [[len(s.tokens) for s in both] + [len(s.encoder) for s in both] for both in sides]
+        [
+            [len(s.tokens) + max(answer_room - len(s.answer), 0) for s in both]
+            + [len(s.encoder) for s in both]
+            for both in sides
+        ]
     )
-    answer_lengths = np.array([len(pair.student.answer) for pair in pairs])
+    answer_lengths = np.array([max(len(pair.student.answer), answer_room) for pair in pairs])
     bucket_of = assign_buckets(lengths.sum(axis=1), buckets)
     sizes = np.stack([lengths[bucket_of == b].max(axis=0) for b in range(bucket_of.max() + 1)])
     plan = [
@@ -196,7 +247,7 @@ def make_loader(
         "teacher_pad_id": teacher_pad_id,
     }
     layout = _Layout(micro_batches, groups, process_index, process_count)
-    return Loader(pairs, plan, shapes, layout, options)
+    return Loader(pairs, plan, shapes, layout, answer_room, options)
 
 
 def assign_buckets(costs_P: np.ndarray, buckets: int) -> np.ndarray:

@@ -61,7 +61,8 @@ def collate(
         student_index: int32 [M, G, N], row·T + t of the hidden state that predicts an answer
             token of the student.
         targets: int32 [M, G, N], that token.
-        ce_weight: float32 [M, G, N], 1 on answer tokens, 0 on padding.
+        ce_weight: float32 [M, G, N], 1 on answer tokens, 0 on padding and on answers that the
+            student wrote itself.
         teacher_index: int32 [M, G, N], row·S + s of the aligned hidden state of the teacher,
             0 where there is none.
         uld_weight: float32 [M, G, N], see `convention`; 0 where nothing is aligned.
@@ -143,7 +144,7 @@ def _group_positions(
         here = slice(start, start + len(s.answer))
         group["student_index"][here] = row * student_length + s.answer - 1
         group["targets"][here] = s.tokens[s.answer]
-        group["ce_weight"][here] = 1.0
+        group["ce_weight"][here] = 0.0 if pair.on_policy else 1.0
         n = positional_pairs(
             len(s.answer),
             len(t.answer),

@@ -51,11 +51,14 @@ class Pair:
         id: Of the example.
         student: In the student's tokens.
         teacher: In the teacher's tokens.
+        on_policy: The student wrote the answer itself: the teacher's distributions teach it, but
+            the tokens are no target of the cross-entropy.
     """
 
     id: str
     student: Encoded
     teacher: Encoded
+    on_policy: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -255,21 +258,15 @@ def encode_pairs(
     Raises:
         UserError: An example has no answer, a chat template is missing, or nothing is left.
     """
-    pairs: list[Pair] = []
-    reasons: list[str] = []
+    found: list[Pair | str] = []
     for batch in _batches(examples):
         texts = [_answer(answers, example) for example in batch]
-        sides = [_encode_side(side, batch, texts, pool, seed) for side in (student, teacher)]
-        for example, text, s, t in zip(batch, texts, *sides, strict=True):
-            reason = _reason_to_drop(text, s, t, student, teacher)
-            if reason is None:
-                pairs.append(Pair(example.id, s, t))
-            else:
-                reasons.append(reason)
+        found += pairs_or_reasons(batch, texts, student, teacher, pool=pool, seed=seed)
         if progress is not None:
             progress(len(batch))
+    pairs = [pair for pair in found if isinstance(pair, Pair)]
     names = [field.name for field in dataclasses.fields(Dropped)]
-    dropped = Dropped(**{name: reasons.count(name) for name in names})
+    dropped = Dropped(**{name: found.count(name) for name in names})
     if not pairs:
         raise UserError(
             f"none of {len(examples)} examples is left: {dropped.empty_answer} with an empty "
@@ -278,6 +275,41 @@ def encode_pairs(
             f"{teacher.max_length}: raise max_length, use fewer shots or other answers"
         )
     return pairs, dropped
+
+
+def pairs_or_reasons(
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    student: Side,
+    teacher: Side,
+    *,
+    pool: Sequence[Example] = (),
+    seed: int = 0,
+) -> list[Pair | str]:
+    """Tokenise examples and their answers, and say why one cannot be trained on.
+
+    Args:
+        examples: The items.
+        answers: One text an example.
+        student: How the student is prompted.
+        teacher: How the teacher is prompted.
+        pool: Examples that shots are drawn from: the training split.
+        seed: Decides which shots.
+
+    Returns:
+        For each example its pair, or the field of `Dropped` that it counts under.
+
+    Raises:
+        UserError: A chat template is missing, or the pool is too small.
+    """
+    sides = [
+        _encode_many(side, _prompts(side, examples, pool, seed), answers)
+        for side in (student, teacher)
+    ]
+    return [
+        _reason_to_drop(text, s, t, student, teacher) or Pair(example.id, s, t)
+        for example, text, s, t in zip(examples, answers, *sides, strict=True)
+    ]
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
@@ -292,12 +324,6 @@ def _answer(answers: Mapping[str, str], example: Example) -> str:
             "generate answers for this very data set and split"
         )
     return answers[example.id]
-
-
-def _encode_side(
-    side: Side, batch: Sequence[Example], texts: list[str], pool: Sequence[Example], seed: int
-) -> list[Encoded]:
-    return _encode_many(side, _prompts(side, batch, pool, seed), texts)
 
 
 def _prompts(

@@ -3,6 +3,7 @@
 from uld_jax.train.checkpoint import Checkpoints, restore_params
 from uld_jax.train.loop import fit, to_mesh
 from uld_jax.train.metrics import MetricsWriter, read_metrics
+from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
 from uld_jax.train.state import TrainState, init_state, param_shardings, state_shardings
 from uld_jax.train.step import train_step
@@ -10,6 +11,7 @@ from uld_jax.train.step import train_step
 __all__ = [
     "Checkpoints",
     "MetricsWriter",
+    "OnPolicy",
     "TrainState",
     "fit",
     "init_state",

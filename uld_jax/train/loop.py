@@ -20,6 +20,7 @@ from uld_jax.models import Decoder, split_trained
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.train.checkpoint import Checkpoints
 from uld_jax.train.metrics import MetricsWriter
+from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
 from uld_jax.train.state import TrainState, init_state, state_shardings
 from uld_jax.train.step import Metrics, train_step
@@ -34,6 +35,7 @@ def fit(
     *,
     mesh: Mesh,
     workdir: Path,
+    on_policy: OnPolicy | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> Decoder:
     """Distils the teacher into the student, from the newest checkpoint in the workdir if any.
@@ -45,6 +47,7 @@ def fit(
         config: The run.
         mesh: The device mesh.
         workdir: Checkpoints, metrics.jsonl and TensorBoard events go here.
+        on_policy: Replaces some of each batch's answers by the student's own; None for none.
         progress: Called with the step, the number of steps and the step's metrics.
 
     Returns:
@@ -75,7 +78,12 @@ def fit(
         first = int(state.step)
         with MetricsWriter(workdir, step=first) as writer, jax.set_mesh(mesh):
             for step in range(first + 1, steps + 1):
-                state = run.step(step, state, next(iterator))
+                arrays, host = next(iterator), {}
+                if on_policy is not None:
+                    now = nnx.merge(graph, state.params, *frozen)
+                    key = jax.random.wrap_key_data(state.key)
+                    arrays, host["on_policy_rows"] = on_policy.batch(now, loader, step - 1, key)
+                state = run.step(step, state, arrays, host)
                 saving = step % config.train.checkpoint_every == 0 or step == steps
                 if saving or step % config.train.log_every == 0:
                     for row in run.flush():
@@ -126,26 +134,32 @@ class _Run:
     fixed: tuple[nnx.State, tuple[nnx.State, ...]]
     mesh: Mesh
     config: RunConfig
-    pending: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    pending: list[tuple[dict[str, Any], Metrics]] = dataclasses.field(default_factory=list)
     since: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def step(self, step: int, state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
+    def step(
+        self,
+        step: int,
+        state: TrainState,
+        arrays: Mapping[str, np.ndarray],
+        host: Mapping[str, int],
+    ) -> TrainState:
         teacher_params, frozen = self.fixed
         batch = to_mesh(arrays, self.mesh)
         state, metrics = self.compiled(state, teacher_params, batch, frozen)
-        self.pending.append((step, metrics))
+        self.pending.append(({"step": step, **host}, metrics))
         return state
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetches the pending metrics, adds rate and time, and stops a run that has diverged."""
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        fetched = [(host, jax.device_get(metrics)) for host, metrics in self.pending]
         now = time.perf_counter()
         seconds = (now - self.since) / max(1, len(fetched))
         self.pending, self.since = [], now
         rows = []
-        for step, metrics in fetched:
-            row = {"step": step, **{name: value.item() for name, value in metrics.items()}}
-            row["learning_rate"] = float(self.schedule(step - 1))
+        for host, metrics in fetched:
+            row = {**host, **{name: value.item() for name, value in metrics.items()}}
+            row["learning_rate"] = float(self.schedule(row["step"] - 1))
             row["seconds"] = round(seconds, 4)
             rows.append(row)
         limit = self.config.train.max_nonfinite_steps

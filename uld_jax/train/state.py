@@ -21,7 +21,7 @@ class TrainState:
         step: i32[], steps taken.
         params: The student's parameters.
         opt_state: The optimizer's state.
-        key: u32[2], the run's PRNG key data, saved for steps that sample; none does yet.
+        key: u32[2], the run's PRNG key data, for what is sampled during training.
     """
 
     step: jax.Array
