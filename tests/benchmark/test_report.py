@@ -145,3 +145,44 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(IsADirectoryError):
         plots.plot_losses(CASES, "a note", tmp_path / "losses.png")
     assert [path.name for path in tmp_path.iterdir()] == ["losses.png"]
+
+
+MODEL = {"family": "llama", "parameters": 134_500_000, "batch": 4}
+TIMED = {"status": "ok", "median_ms": 2_000.0, "compile_s": 3.0, "temp_bytes": 1_000_000_000}
+UNKNOWN = TIMED | {"median_ms": 4_000.0, "compile_s": None, "temp_bytes": None}
+
+
+def test_step_sheets():
+    case = MODEL | {"length": 128, "optimizer": "fused", "ratio": 0.5}
+    case["candidates"] = {"uld_jax": TIMED | {"loss": 10.5}, "pytorch": UNKNOWN | {"loss": 10.25}}
+    (sheet,) = report.step_sheets([case])
+    assert sheet.title == (
+        "train step of a llama of 134 M parameters, 4 × 128 tokens, torch's fused AdamW"
+    )
+    assert [list(row) for row in sheet.rows] == [
+        ["uld_jax", "2,000", "256", "0.500", "10.5000", "1,000", "3.00"],
+        ["pytorch", "4,000", "128", "1.00", "10.2500", "–", "–"],
+    ]
+
+
+def test_step_sheets_without_torch():
+    case = MODEL | {"length": 128, "optimizer": None, "ratio": None}
+    (sheet,) = report.step_sheets([case | {"candidates": {"uld_jax": TIMED | {"loss": 1.0}}}])
+    assert sheet.title.endswith("4 × 128 tokens")
+    assert sheet.rows[0][3] == "–"
+
+
+def test_generate_sheets():
+    case = MODEL | {"prompt_length": 32, "new_tokens": 64, "speedup": 2.0, "agreement": 0.9951}
+    case["candidates"] = {
+        "uld_jax": TIMED | {"tokens_per_second": 128.0},
+        "pytorch": UNKNOWN | {"tokens_per_second": 64.0},
+    }
+    (sheet,) = report.generate_sheets([case])
+    assert sheet.title == (
+        "greedy generation of a llama of 134 M parameters, 4 × 64 tokens after 32"
+    )
+    assert [list(row) for row in sheet.rows] == [
+        ["uld_jax", "2.00", "128", "2.00", "99.5%", "3.00"],
+        ["pytorch", "4.00", "64.0", "1.00", "99.5%", "–"],
+    ]

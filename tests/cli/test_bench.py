@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from uld_jax.benchmark import pytorch
 from uld_jax.benchmark.losses import TORCH
 from uld_jax.losses.uld import METHODS
 
@@ -217,3 +218,81 @@ def test_help_waits_for_nothing_heavy():
         [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True
     )
     assert run.stdout.strip() == "set()", run.stderr
+
+
+def test_step_beside_pytorch(uld, tiny, tmp_path):
+    flags = ["--batch=2", "--length=24", "--chunk-size=16", "--repeats=2", "--seed=3"]
+    result = uld("bench", "step", f"--model={tiny.student}", *flags, f"--output={tmp_path}")
+    assert (result.status, result.err) == (0, "")
+    assert names(tmp_path) == ["step.json", "step.md"]
+    content = read(tmp_path / "step.json")
+    assert content["settings"] == {
+        "seed": 3,
+        "repeats": 2,
+        "batch": 2,
+        "length": 24,
+        "chunk_size": 16,
+    }
+    (case,) = content["cases"]
+    ours, theirs = (case["candidates"][name] for name in ("uld_jax", "pytorch"))
+    assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert case["optimizer"] in ("fused", "foreach")
+    ratios = [a / b for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
+    assert case["ratio"] == pytest.approx(np.median(ratios))
+    markdown = (tmp_path / "step.md").read_text()
+    assert "**train step of a llama of" in markdown
+    assert "2 × 24 tokens" in markdown
+    assert "| uld_jax |" in markdown
+    assert f"{ours['loss']:.4f}" in result.out
+
+
+def test_generate_beside_pytorch(uld, tiny, tmp_path):
+    flags = ["--batch=3", "--prompt-length=6", "--new-tokens=9", "--repeats=2"]
+    result = uld("bench", "generate", f"--model={tiny.student}", *flags, f"--output={tmp_path}")
+    assert (result.status, result.err) == (0, "")
+    assert names(tmp_path) == ["generate.json", "generate.md"]
+    (case,) = read(tmp_path / "generate.json")["cases"]
+    assert (case["batch"], case["prompt_length"], case["new_tokens"]) == (3, 6, 9)
+    assert case["agreement"] == 1.0
+    ours, theirs = (case["candidates"][name] for name in ("uld_jax", "pytorch"))
+    assert ours["tokens_per_second"] == pytest.approx(27 / np.median(ours["seconds"]))
+    ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
+    assert case["speedup"] == pytest.approx(np.median(ratios))
+    assert "100.0%" in (tmp_path / "generate.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["step", "generate"])
+def test_models_without_torch(uld, tiny, tmp_path, monkeypatch, target):
+    # Not hidden from the imports: transformers, which has seen it, would miss it.
+    monkeypatch.setattr(pytorch, "find_torch", lambda: None)
+    flags = [f"--model={tiny.student}", "--batch=2", "--repeats=1", f"--output={tmp_path}"]
+    result = uld("bench", target, *flags)
+    assert (result.status, result.err) == (0, "")
+    (case,) = read(tmp_path / f"{target}.json")["cases"]
+    assert list(case["candidates"]) == ["uld_jax"]
+    assert case["ratio" if target == "step" else "speedup"] is None
+    assert "torch is not installed" in (tmp_path / f"{target}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "flag", "message"),
+    [
+        ("step", "--batch=0", f"--batch: {WHOLE} 1, found '0'"),
+        ("step", "--length=x", f"--length: {WHOLE} 1, found 'x'"),
+        ("step", "--length=9999", "--length: 9999 positions, but"),
+        ("generate", "--new-tokens=0", f"--new-tokens: {WHOLE} 1, found '0'"),
+        ("generate", "--new-tokens=2040", "--prompt-length and --new-tokens: 2072 positions, but"),
+        ("generate", "--repeats=0", f"--repeats: {WHOLE} 1, found '0'"),
+        ("generate", "--config.data.seed=3", "bench has no config"),
+    ],
+)
+def test_bad_flags_of_models(refused, tiny, target, flag, message):
+    assert message in refused(target, f"--model={tiny.student}", flag)
+
+
+def test_model_absent(refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("ULD_JAX_CACHE", str(tmp_path))
+    error = refused("step")
+    assert f"{tmp_path}/models/SmolLM2-135M-Instruct.Q4_1.gguf: no such file" in error
+    assert "launch/fetch_models.sh" in error

@@ -21,12 +21,14 @@ from uld_jax.benchmark.losses import BASELINES, PASSES
 __all__ = [
     "Sheet",
     "case_title",
+    "generate_sheets",
     "level_set_sheets",
     "losses_sheets",
     "machine",
     "machine_line",
     "markdown",
     "rich_table",
+    "step_sheets",
     "vocabularies",
 ]
 
@@ -212,6 +214,73 @@ def level_set_sheets(cases: Sequence[Mapping[str, Any]]) -> list[Sheet]:
         )
         for case in cases
     ]
+
+
+def step_sheets(cases: Sequence[Mapping[str, Any]]) -> list[Sheet]:
+    """One sheet a case: the train step here and in PyTorch, and the ratio of the two.
+
+    Args:
+        cases: as `models.measure_step` returns them.
+
+    Returns:
+        The sheets; times are medians, "× PyTorch" is the time over PyTorch's, round by round, and
+        "loss" that before the first step.
+    """
+    headings = ("candidate", "ms / step", "tokens / s", "× PyTorch", "loss", "temp MB", "compile s")
+    sheets = []
+    for case in cases:
+        rows = []
+        for name, result in case["candidates"].items():
+            held, tokens = result["temp_bytes"], case["batch"] * case["length"]
+            rows.append(
+                [
+                    name,
+                    _figure(result["median_ms"]),
+                    _figure(1e3 * tokens / result["median_ms"]),
+                    _figure(case["ratio"] if name != "pytorch" else 1.0),
+                    f"{result['loss']:.4f}",
+                    _figure(None if held is None else held / 1e6),
+                    _figure(result["compile_s"]),
+                ]
+            )
+        title = f"train step of {_model(case)}, {case['batch']} × {case['length']} tokens"
+        loop = f", torch's {case['optimizer']} AdamW" if case["optimizer"] else ""
+        sheets.append(Sheet(title + loop, headings, rows))
+    return sheets
+
+
+def generate_sheets(cases: Sequence[Mapping[str, Any]]) -> list[Sheet]:
+    """One sheet a case: greedy generation here and in PyTorch, and the ratio of the two.
+
+    Args:
+        cases: as `models.measure_generate` returns them.
+
+    Returns:
+        The sheets; times are medians, "× PyTorch" says how many times as many tokens a second,
+        round by round, and "same tokens" how many agree with PyTorch's.
+    """
+    headings = ("candidate", "s", "tokens / s", "× PyTorch", "same tokens", "compile s")
+    sheets = []
+    for case in cases:
+        share = case["agreement"]
+        rows = [
+            [
+                name,
+                _figure(result["median_ms"] / 1e3),
+                _figure(result["tokens_per_second"]),
+                _figure(case["speedup"] if name != "pytorch" else 1.0),
+                _NONE if share is None else f"{share:.1%}",
+                _figure(result["compile_s"]),
+            ]
+            for name, result in case["candidates"].items()
+        ]
+        size = f"{case['batch']} × {case['new_tokens']} tokens after {case['prompt_length']}"
+        sheets.append(Sheet(f"greedy generation of {_model(case)}, {size}", headings, rows))
+    return sheets
+
+
+def _model(case: Mapping[str, Any]) -> str:
+    return f"a {case['family']} of {_figure(case['parameters'] / 1e6)} M parameters"
 
 
 def rich_table(sheet: Sheet) -> Table:

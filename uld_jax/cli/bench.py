@@ -1,6 +1,7 @@
-"""`uld-jax bench`: how fast, large and exact the losses are on this machine."""
+"""`uld-jax bench`: how fast, large and exact losses and models are on this machine."""
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,10 +17,26 @@ if TYPE_CHECKING:
 
 Measurement = Callable[[], dict[str, Any]]
 
-SUMMARY = "measure the losses on this machine"
+SUMMARY = "measure losses and models on this machine"
 TARGETS = {
     "losses": "time and memory of every method, of plain jnp.sort and of the paper's PyTorch code",
     "level-set": "speed and error of the sort-free method by the width of its buckets",
+    "step": "time of a train step, beside the same model in PyTorch",
+    "generate": "tokens a second of greedy generation, beside the same model in PyTorch",
+}
+# As launch/fetch_models.sh names it.
+STUDENT = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_FLAGS = {
+    "step": {
+        "batch": ("4", "rows"),
+        "length": ("128", "tokens a row"),
+        "chunk-size": ("128", "positions that meet the vocabulary at a time"),
+    },
+    "generate": {
+        "batch": ("8", "prompts, continued together"),
+        "prompt-length": ("32", "tokens a prompt"),
+        "new-tokens": ("64", "tokens to write after each"),
+    },
 }
 
 
@@ -33,12 +50,21 @@ def add_parser(commands: Any) -> None:
     targets = bench.add_subparsers(dest="target", required=True, metavar="WHAT")
     for name, summary in TARGETS.items():
         target = targets.add_parser(name, help=summary, description=summary)
+        stem = name.replace("-", "_")
+        if name in MODEL_FLAGS:
+            target.add_argument("--model", metavar="SOURCE", help="the quickstart's student")
+            for flag, (default, meaning) in MODEL_FLAGS[name].items():
+                described = f"{meaning} ({default})"
+                target.add_argument(f"--{flag}", metavar="N", default=default, help=described)
+            target.add_argument("--seed", metavar="N", default="0", help="of the tokens (0)")
+            target.add_argument("--repeats", metavar="N", default="5", help="timed rounds (5)")
+            target.add_argument("--output", metavar="DIR", help=f"for {stem}.json and .md")
+            continue
         pair = "vocabulary sizes of student and teacher"
         target.add_argument("--vocab", metavar="V,U", nargs="+", action="extend", help=pair)
         target.add_argument("--logits", metavar="KIND", default="normal", help="normal or peaked")
         target.add_argument("--seed", metavar="N", default="0", help="of the logits (0)")
         target.add_argument("--repeats", metavar="N", default="10", help="timed rounds (10)")
-        stem = name.replace("-", "_")
         target.add_argument("--output", metavar="DIR", help=f"for {stem}.json, .md and .png")
         if name == "losses":
             target.add_argument("--positions", metavar="N,N", default="1,8,32", help="(1,8,32)")
@@ -71,13 +97,24 @@ def run(args: argparse.Namespace) -> None:
 
     if args.overrides:
         raise UserError("bench has no config: leave the --config flags out")
-    losses = args.target == "losses"
     settings = {
-        "kind": _one_of("--logits", args.logits, LOGITS),
         "seed": _integer("--seed", args.seed, 0),
         "repeats": _integer("--repeats", args.repeats, 1),
     }
-    measurements = (_losses if losses else _level_set)(args, settings)
+    if args.target in MODEL_FLAGS:
+        settings |= {
+            flag.replace("-", "_"): _integer(f"--{flag}", getattr(args, flag.replace("-", "_")), 1)
+            for flag in MODEL_FLAGS[args.target]
+        }
+    else:
+        settings = {"kind": _one_of("--logits", args.logits, LOGITS)} | settings
+    prepare, sheets_of, draw = {
+        "losses": (_losses, report.losses_sheets, plots.plot_losses),
+        "level-set": (_level_set, report.level_set_sheets, plots.plot_level_set),
+        "step": (_model, report.step_sheets, None),
+        "generate": (_model, report.generate_sheets, None),
+    }[args.target]
+    measurements = prepare(args, settings)
     folder = _claim(args.output) if args.output else None
     found = report.machine(args.argv)
     note = report.machine_line(found)
@@ -87,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         for number, measurement in enumerate(measurements, 1):
             say(f"measuring size {number} of {len(measurements)}")
             cases.append(measurement())
-    sheets = (report.losses_sheets if losses else report.level_set_sheets)(cases)
+    sheets = sheets_of(cases)
     for sheet in sheets:
         console.print(report.rich_table(sheet))
     if folder is None:
@@ -95,9 +132,27 @@ def run(args: argparse.Namespace) -> None:
     stem = args.target.replace("-", "_")
     write_json(folder / f"{stem}.json", {"machine": found, "settings": settings, "cases": cases})
     write_text(folder / f"{stem}.md", report.markdown(sheets, note))
-    draw = plots.plot_losses if losses else plots.plot_level_set
-    draw(cases, note, folder / f"{stem}.png")
-    say(f"results: {folder / stem}.json, .md and .png")
+    if draw is not None:
+        draw(cases, note, folder / f"{stem}.png")
+    say(f"results: {folder / stem}.json{', .md and .png' if draw else ' and .md'}")
+
+
+def _model(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measurement]:
+    from uld_jax import models
+    from uld_jax.benchmark.models import measure_generate, measure_step
+
+    cache = os.environ.get("ULD_JAX_CACHE", Path.home() / ".cache" / "uld_jax")
+    source = args.model or str(Path(cache) / "models" / STUDENT)
+    loaded = models.load(source)
+    if not isinstance(loaded.model, models.Decoder):
+        raise UserError(f"--model={source}: an encoder-decoder; only decoders are measured")
+    step = args.target == "step"
+    names = ("length",) if step else ("prompt_length", "new_tokens")
+    wanted, room = sum(settings[name] for name in names), loaded.config.max_positions
+    if wanted > room:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise UserError(f"{flags}: {wanted} positions, but {source} has {room}")
+    return [partial(measure_step if step else measure_generate, loaded, **settings)]
 
 
 def _losses(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measurement]:

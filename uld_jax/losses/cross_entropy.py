@@ -1,15 +1,17 @@
 """Cross-entropy with label smoothing and z-loss, over whole or sharded vocabularies."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
+from uld_jax.losses.chunked import Chunks, chunked_head_loss
 from uld_jax.losses.probabilities import log_normalizer, psum, scaled
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "fused_cross_entropy"]
 
 
 def cross_entropy(
@@ -91,3 +93,69 @@ def _backward(axis_name: str | None, grad: jax.Array, cotangent: jax.Array) -> t
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def fused_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    weights: jax.Array,
+    softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    chunk_size: int = 32,
+    compute_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """The weighted sum of CE from hidden states, without [*b, N, V] ever in memory.
+
+    What `fused_uld_cross_entropy` computes where there is no teacher.
+
+    Args:
+        hidden: [*b, N, D], the last hidden states.
+        head: [V, D], the output embedding.
+        targets: i32[*b, N], token ids in [0, V); any value where `weights` is 0.
+        weights: f32[*b, N]; 0 leaves a position out.
+        softcap: bound of the logits; None for no bound.
+        label_smoothing: see `cross_entropy`.
+        z_loss: see `cross_entropy`.
+        chunk_size: positions of the N axis that are computed at a time.
+        compute_dtype: type of the factors of the matrix products, which accumulate in f32 or wider;
+            None takes what hidden states and head promote to.
+
+    Returns:
+        f32[], differentiable with respect to `hidden` and `head`.
+
+    Raises:
+        ValueError: for a chunk_size below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from uld_jax.losses.cross_entropy import fused_cross_entropy
+        >>> loss = fused_cross_entropy(
+        ...     jnp.zeros((3, 2)), jnp.zeros((4, 2)), jnp.array([0, 1, 2]), weights=jnp.ones(3) / 3)
+        >>> round(float(loss), 4)
+        1.3863
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    dtype = jnp.result_type(hidden, head) if compute_dtype is None else compute_dtype
+    chunks = Chunks(_Weighted(softcap), min(chunk_size, targets.shape[-1]), jnp.dtype(dtype))
+    positions = (jnp.where(weights != 0, targets, 0), weights)
+    return chunked_head_loss(chunks, hidden, head, positions, (label_smoothing, z_loss))[0]
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """[Σ weights · CE] of a chunk."""
+
+    softcap: float | None
+
+    def __call__(self, logits_CV: jax.Array, positions: tuple, constants: tuple) -> jax.Array:
+        targets_C, weights_C = positions
+        label_smoothing, z_loss = constants
+        if self.softcap is not None:
+            logits_CV = self.softcap * jnp.tanh(logits_CV / self.softcap)
+        ce_C = cross_entropy(logits_CV, targets_C, label_smoothing=label_smoothing, z_loss=z_loss)
+        # A position left out may hold anything: 0 · inf would bring it back.
+        return jnp.where(weights_C != 0, weights_C * ce_C, 0).sum()[None]

@@ -66,9 +66,7 @@ def train_step(
         rest = jax.tree.map(lambda x: x[1:], batch)
         total, _ = jax.lax.scan(accumulate, total, rest)
     grads, (ce_sum, uld_sum) = total
-    opt_state: Any
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    following = apply_gradients(state, grads, tx)
     metrics = {
         "total": ce_sum + uld_sum,
         "cross_entropy": ce_sum / (loss.ce_weight or 1.0),
@@ -76,10 +74,29 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "ce_positions": ce_count,
         "uld_positions": (batch.uld_weight > 0).sum(),
-        "skipped_steps": opt_state.total_notfinite,
-        "nonfinite_in_a_row": opt_state.notfinite_count,
+        "skipped_steps": following.opt_state.total_notfinite,
+        "nonfinite_in_a_row": following.opt_state.notfinite_count,
     }
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+    return following, metrics
+
+
+def apply_gradients(
+    state: TrainState, grads: nnx.State, tx: optax.GradientTransformation
+) -> TrainState:
+    """The state after the optimizer has taken a step.
+
+    Args:
+        state: The student, its optimizer, its key.
+        grads: A gradient for each parameter.
+        tx: The optimizer.
+
+    Returns:
+        The next state.
+    """
+    updates: Any
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, state.key)
 
 
 def _micro_loss(
