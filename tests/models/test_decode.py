@@ -225,3 +225,31 @@ def test_line_stop_ids(parrot):
     assert line_stop_ids(m) == sorted([vocabulary["</s>"], vocabulary["Ċ"]])
     several = dataclasses.replace(m, config=dataclasses.replace(m.config, eos_id=(2, 77)))
     assert line_stop_ids(several) == sorted([2, 77, vocabulary["Ċ"]])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_reader_reads_as_read_does(model, quantized):
+    subject = nnx.merge(*nnx.split(model))
+    if quantized:
+        models.quantize(subject, "int8")
+    _, cache, at_B = subject.start(jnp.array([[5, 6, 7]]), jnp.array([3]), 2)
+    token = jnp.array([[9]])
+    found, expected = (
+        read(token, at_B[:, None], cache) for read in (subject.reader(), subject.read)
+    )
+    for own, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(own, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reader_cuts_the_layers_before_the_loop(llama):
+    _, cache, at_B = llama.start(jnp.array([[5, 6, 7]]), jnp.array([3]), 2)
+
+    def two_tokens(cache):
+        read = llama.reader()
+        return jax.lax.fori_loop(
+            0, 2, lambda i, c: read(jnp.array([[9]]), at_B[:, None], c)[1], cache
+        )
+
+    (loop,) = [e for e in jax.make_jaxpr(two_tokens)(cache).eqns if e.primitive.name == "scan"]
+    inside = {e.primitive.name for e in loop.params["jaxpr"].eqns}
+    assert "scan" not in inside

@@ -147,3 +147,19 @@ def test_softcap():
     x = normal(50) * 10
     np.testing.assert_allclose(layers.softcap(jnp.array(x), 3.0), 3 * np.tanh(x / 3), rtol=1e-5)
     assert layers.softcap(x, 0.0) is x
+
+
+@pytest.mark.parametrize("rows", [1, 3, layers.FEW_ROWS, layers.FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_table_product(rows, dtype):
+    x, table = normal(rows, 1, 6), normal(10, 6)
+    x, table = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, table))
+    product = jax.jit(layers.table_product)(jnp.asarray(x, dtype), jnp.asarray(table, dtype))
+    assert product.dtype == jnp.float32
+    assert product.shape == (rows, 1, 10)
+    np.testing.assert_allclose(product, x @ table.T, rtol=1e-5, atol=1e-5)
+
+
+def test_table_product_of_few_rows_has_the_table_on_the_left():
+    hlo = jax.jit(layers.table_product).lower(jnp.ones((2, 6)), jnp.ones((10, 6))).compile()
+    assert "f32[10,2]" in hlo.as_text()

@@ -75,8 +75,10 @@ def norm(c: DecoderConfig, module: nnx.Module, name: str, x: jax.Array) -> jax.A
     """
     scale = getattr(module, name)[...]
     if c.norm == "rms":
-        return layers.rms_norm(x, scale, eps=c.norm_eps, offset=c.norm_offset)
-    return layers.layer_norm(x, scale, getattr(module, f"{name}_bias")[...], eps=c.norm_eps)
+        rms_norm = functools.partial(layers.rms_norm, eps=c.norm_eps, offset=c.norm_offset)
+        return recomputed(rms_norm)(x, scale)
+    layer_norm = functools.partial(layers.layer_norm, eps=c.norm_eps)
+    return recomputed(layer_norm)(x, scale, getattr(module, f"{name}_bias")[...])
 
 
 class Attention(nnx.Module):
@@ -191,16 +193,16 @@ class View:
         """One layer's attention, [B, T, H, h]."""
         c = self.config
         if self.backend != "splash":
-            return layers.attention(
-                q,
-                k,
-                v,
-                mask_BTS,
+            plain = self.backend == "xla"
+            attention = functools.partial(
+                layers.attention,
                 scale=c.query_scale,
                 softcap=c.attention_softcap,
                 bias_BHTS=self.bias_BHTS,
-                implementation="cudnn" if self.backend == "cudnn" else "xla",
+                implementation="xla" if plain else "cudnn",
             )
+            # The kernel for GPUs recomputes by itself.
+            return (recomputed(attention) if plain else attention)(q, k, v, mask_BTS)
         within = functools.partial(
             splash_attention,
             q,
@@ -323,6 +325,30 @@ def _attend(
 
 def _mlp(c: DecoderConfig, p: MLP, y_BTD: jax.Array) -> jax.Array:
     """(act(y · gate) * (y · up)) · down, or act(y · up) · down."""
-    act, up_BTF = layers.ACTIVATIONS[c.activation], project(p, "up", y_BTD)
-    inner_BTF = act(project(p, "gate", y_BTD)) * up_BTF if c.gated else act(up_BTF)
-    return project(p, "down", inner_BTF)
+    act = layers.ACTIVATIONS[c.activation]
+    factors = [project(p, name, y_BTD) for name in (("gate", "up") if c.gated else ("up",))]
+
+    def activated(first_BTF: jax.Array, *others: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.multiply, others, act(first_BTF))
+
+    return project(p, "down", recomputed(activated)(*factors))
+
+
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A cheap function of large arrays, whose backward pass keeps nothing but these.
+
+    Activations, norms and attention's scores are several arrays a layer each; computing them again
+    takes less time than writing them, and first of all getting the memory, for all layers.
+
+    Args:
+        function: of arrays.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> float(jax.grad(recomputed(lambda x: x * x))(3.0))
+        6.0
+    """
+    # In a loop's body, where almost all of it is, nothing can be merged with the first computation.
+    return jax.checkpoint(function, prevent_cse=False)

@@ -1,5 +1,7 @@
 """The one decoder of all families: embedding, one block scanned over the layers, head."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +90,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of final hidden states [..., D]."""
         head_VD = self.head_VD.astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+        logits = layers.table_product(hidden, head_VD)
         return layers.softcap(logits, self.config.logit_softcap)
 
     def hidden(
@@ -109,8 +111,25 @@ class Decoder(nnx.Module):
         view = View(self.config, positions, positions, mask, backend, segment_ids)
         return self._run(tokens_BT, positions, view, None)[0]
 
+    def reader(self) -> Callable[[jax.Array, jax.Array, KVCache], tuple[jax.Array, KVCache]]:
+        """`read` for a loop over single tokens; call it before the loop.
+
+        On a CPU the scan over the layers copies each layer's weights out of their stack before it
+        multiplies by them, for one token most of the work. Here they are cut out once.
+        """
+        if jax.default_backend() != "cpu":
+            return self.read
+        params = nnx.split(self.blocks)[1]
+        cut = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(self.config.layers)]
+        # Without the barrier XLA would cut where it multiplies: in the loop.
+        return functools.partial(self.read, blocks=jax.lax.optimization_barrier(cut))
+
     def read(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache,
+        blocks: Sequence[nnx.State] | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Reads tokens into the cache: prefill with a whole prompt, decode with one token.
 
@@ -118,6 +137,7 @@ class Decoder(nnx.Module):
             tokens_BT: int32 token ids.
             positions_BT: Their positions; -1 marks padding, which no later token sees.
             cache: The cache so far, with at least T free slots.
+            blocks: Each layer's parameters, from `reader`; None takes them from their stack.
 
         Returns:
             Final hidden states [B, T, D] and the cache with the tokens in it.
@@ -126,7 +146,7 @@ class Decoder(nnx.Module):
         k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, slots)
         mask = layers.attention_mask(positions_BT, k_positions)
         view = View(self.config, positions_BT, k_positions, mask)
-        x_BTD, (k, v) = self._run(tokens_BT, positions_BT, view, cache)
+        x_BTD, (k, v) = self._run(tokens_BT, positions_BT, view, cache, blocks)
         length = (cache.length + tokens_BT.shape[1]) % k_positions.shape[1]
         return x_BTD, KVCache(k, v, k_positions, length)
 
@@ -158,8 +178,9 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         view: View,
         cache: KVCache | None,
+        blocks: Sequence[nnx.State] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Embeds, scans the block over the layers, and norms."""
+        """Embeds, scans the block over the layers (or goes through `blocks`), and norms."""
         c, dtype = self.config, jnp.dtype(self.policy.dtype)
         x_BTD = self._embed(tokens_BT, positions_BT, dtype)
         graph, params = nnx.split(self.blocks)
@@ -172,7 +193,11 @@ class Decoder(nnx.Module):
         if self.policy.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.policy.remat])
         kv = None if cache is None else (cache.k_LBSKh, cache.v_LBSKh)
-        (x_BTD, kv), _ = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c)))
+        if blocks is None:
+            (x_BTD, kv), _ = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c)))
+        for i, own in enumerate(blocks or ()):
+            flags = jax.tree.map(lambda flag_L, i=i: flag_L[i], layer_flags(c))
+            (x_BTD, kv), _ = body((x_BTD, kv), (own, flags))
         if c.final_norm:
             x_BTD = norm(c, self, "norm", x_BTD)
         if c.embed_width:

@@ -1,10 +1,14 @@
 """The decoder's parts as pure functions over arrays: norms, attention, MLP."""
 
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# On a CPU products with at most so many rows wait for the memory of the other factor.
+FEW_ROWS = 64
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -165,6 +169,38 @@ def attention(
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v_BSKh).reshape(b, t, h, d)
+
+
+def table_product(x: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """X · tableᵀ in float32: every row of x by every row of a table.
+
+    Args:
+        x: [..., D].
+        table_VD: [V, D], much larger than x where x is one token a row.
+
+    Returns:
+        f32[..., V].
+
+    Example:
+        >>> table_product(jnp.array([1.0, 2.0]), jnp.eye(2)).tolist()
+        [1.0, 2.0]
+    """
+    if math.prod(x.shape[:-1]) > FEW_ROWS:
+        return _by_table(x, table_VD)
+    return jax.lax.platform_dependent(x, table_VD, cpu=_table_by, default=_by_table)
+
+
+def _by_table(x: jax.Array, table_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,vd->...v", x, table_VD, preferred_element_type=jnp.float32)
+
+
+def _table_by(x: jax.Array, table_VD: jax.Array) -> jax.Array:
+    # The CPU's kernels read the left factor as it lies, and repack the right one: let x be that.
+    rows_ND = x.reshape(-1, x.shape[-1])
+    product_VN = jnp.einsum("vd,nd->vn", table_VD, rows_ND, preferred_element_type=jnp.float32)
+    # Without the barrier XLA swaps the factors back.
+    product_NV = jax.lax.optimization_barrier(product_VN).T
+    return product_NV.reshape(*x.shape[:-1], -1)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

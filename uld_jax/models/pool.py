@@ -187,6 +187,7 @@ def advance(
         The pool.
     """
     model = nnx.merge(graph, params)
+    read = model.read if isinstance(model, EncoderDecoder) else model.reader()
 
     def unfinished(carry: tuple[jax.Array, Pool]) -> jax.Array:
         step, pool = carry
@@ -195,7 +196,7 @@ def advance(
     def step(carry: tuple[jax.Array, Pool]) -> tuple[jax.Array, Pool]:
         step, pool = carry
         tokens_B1, positions_B1 = pool.token_B[:, None], pool.position_B[:, None]
-        hidden_B1D, cache = model.read(tokens_B1, positions_B1, pool.cache)
+        hidden_B1D, cache = read(tokens_B1, positions_B1, pool.cache)
         pool = dataclasses.replace(pool, cache=pin(cache), position_B=pool.position_B + 1)
         return step + 1, _choose(pool, model.logits(hidden_B1D[:, 0]), request, plan)
 
