@@ -4,6 +4,8 @@ from uld_jax.data.align import align_spans, positional_pairs
 from uld_jax.data.loader import Loader, make_loader
 from uld_jax.data.pack import collate
 from uld_jax.data.prompts import Prompt, chat_template, draw_shots, first_line, render
+from uld_jax.data.signal import Signal, pad_signals, truncate_signal
+from uld_jax.data.signal_codec import decode_signal, encode_signal
 from uld_jax.data.tasks import Example, load_examples
 from uld_jax.data.tokenize import (
     Encoded,
@@ -22,17 +24,22 @@ __all__ = [
     "Pair",
     "Prompt",
     "Side",
+    "Signal",
     "align_spans",
     "chat_template",
     "collate",
+    "decode_signal",
     "draw_shots",
     "encode",
     "encode_pairs",
     "encode_prompts",
+    "encode_signal",
     "first_line",
     "load_examples",
     "make_loader",
+    "pad_signals",
     "pairs_or_reasons",
     "positional_pairs",
     "render",
+    "truncate_signal",
 ]
