@@ -6,6 +6,8 @@ from uld_jax.data.pack import collate
 from uld_jax.data.prompts import Prompt, chat_template, draw_shots, first_line, render
 from uld_jax.data.signal import Signal, pad_signals, truncate_signal
 from uld_jax.data.signal_codec import decode_signal, encode_signal
+from uld_jax.data.signal_store import SignalStore
+from uld_jax.data.signal_writer import SignalWriter
 from uld_jax.data.tasks import Example, load_examples
 from uld_jax.data.tokenize import (
     Encoded,
@@ -25,6 +27,8 @@ __all__ = [
     "Prompt",
     "Side",
     "Signal",
+    "SignalStore",
+    "SignalWriter",
     "align_spans",
     "chat_template",
     "collate",
