@@ -13,9 +13,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install -e '.[test,plan,ot]'
 bash launch/fetch_models.sh || echo "without the two models, the tests that need them are skipped"
 
-marker="not slow"
+marker="not slow and not served"
 if [ "${1:-}" = --slow ]; then
-  marker=""
+  marker="not served"
   shift
 fi
 ruff check .

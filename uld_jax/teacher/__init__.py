@@ -1,5 +1,19 @@
-"""What the teacher gives: answers to train on."""
+"""What the teacher gives: answers to train on, and the signals of one that a server runs."""
 
+from uld_jax.teacher.completions import CompletionsClient, Server
+from uld_jax.teacher.echo import ServedText, Signal
 from uld_jax.teacher.generate import generate_answers
+from uld_jax.teacher.server import FetchOptions, served_signals
+from uld_jax.teacher.server_check import ServerCheck, check_server
 
-__all__ = ["generate_answers"]
+__all__ = [
+    "CompletionsClient",
+    "FetchOptions",
+    "ServedText",
+    "Server",
+    "ServerCheck",
+    "Signal",
+    "check_server",
+    "generate_answers",
+    "served_signals",
+]
