@@ -52,13 +52,12 @@ def check_values(teacher, texts, signals):
         probs = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
         expected = -np.sort(-probs)[:, :K]
         assert found.probs_sorted.dtype == found.tail_mass.dtype == np.float32
-        assert found.complete.any()
-        for row, tail, want, sure in zip(
-            found.probs_sorted, found.tail_mass, expected, found.complete, strict=True
-        ):
-            if sure:
-                np.testing.assert_allclose(row, want, atol=1e-4)
-                np.testing.assert_allclose(tail, 1 - want.sum(), atol=1e-4)
+        known = found.probs_sorted > 0
+        # Of parts of characters less is known; of the others all.
+        assert known.mean() > 0.5
+        assert known.all() or not text.answer.isascii()
+        np.testing.assert_allclose(found.probs_sorted, expected * known, atol=1e-4)
+        np.testing.assert_allclose(found.tail_mass, 1 - (expected * known).sum(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -76,10 +75,7 @@ def test_signals_are_those_of_the_servers_logits(fake, teacher, texts, tmp_path,
 def test_bounds_contain_the_loss_of_the_full_logits(fake, teacher, texts, tmp_path):
     signals = fetch(fake, texts, tmp_path)
     probs = np.concatenate([found.probs_sorted for found in signals])
-    tails, complete = (
-        np.concatenate([getattr(found, name) for found in signals])
-        for name in ("tail_mass", "complete")
-    )
+    tails = np.concatenate([found.tail_mass for found in signals])
     logits = np.concatenate([own_logits(teacher, text) for text in texts])
     noise = np.random.default_rng(0).normal(size=logits.shape)
     # Far from the teacher, and so near that the interval's lower end counts.
@@ -87,7 +83,7 @@ def test_bounds_contain_the_loss_of_the_full_logits(fake, teacher, texts, tmp_pa
         student = jnp.asarray(noise * scale + logits * kept, jnp.float32)
         _, lower, upper = truncated_uld(student, probs, tails)
         exact = np.asarray(uld(student, jnp.asarray(logits)))
-        assert (np.asarray(lower) <= exact + 1e-5)[complete].all()
+        assert (np.asarray(lower) <= exact + 1e-5).all()
         assert (exact <= np.asarray(upper) + 1e-5).all()
 
 
@@ -328,7 +324,7 @@ texts = [ServedText(f"q{i}", "Question: numbers? Answer:", f" {i} 7 8") for i in
 server = Server(url, "tiny", top_k=8, concurrency=2, backoff_s=0.002)
 with CompletionsClient(server) as client:
     for s in served_signals(client, texts, Path(directory), FetchOptions()):
-        print(s.id, s.probs_sorted.tobytes().hex(), s.tail_mass.tobytes().hex(), *s.complete)
+        print(s.id, s.probs_sorted.tobytes().hex(), s.tail_mass.tobytes().hex())
 """
 
 

@@ -63,16 +63,13 @@ class Signal(NamedTuple):
     Attributes:
         id: Of the example.
         probs_sorted: float32 [n, k], the largest probabilities at each of the n positions that
-            predict a token of the answer, descending, padded with zeros.
+            predict a token of the answer, descending, padded with zeros where fewer are known.
         tail_mass: float32 [n], what they lack to 1.
-        complete: bool [n], whether the probabilities surely are the largest, see `largest`: the
-            lower bound of `truncated_uld` needs that.
     """
 
     id: str
     probs_sorted: np.ndarray
     tail_mass: np.ndarray
-    complete: np.ndarray
 
 
 def signal(choice: Choice, text: ServedText, *, top_k: int, shift: int, end: bool) -> Signal:
@@ -105,13 +102,11 @@ def signal(choice: Choice, text: ServedText, *, top_k: int, shift: int, end: boo
     if not wanted:
         raise Fault("the answer has no token that could be predicted", retry=False)
     probs = np.zeros((len(wanted), top_k), np.float64)
-    complete = np.zeros(len(wanted), bool)
-    for n, i in enumerate(wanted):
-        found = entry(choice, i - shift)
-        kept, complete[n] = largest(found, choice.tokens[i - shift], top_k)
-        probs[n, : len(kept)] = kept
+    for row, i in zip(probs, wanted, strict=True):
+        kept = largest(entry(choice, i - shift), choice.tokens[i - shift], top_k)
+        row[: len(kept)] = kept
     tails = np.clip(1 - probs.sum(-1), 0, 1)
-    return Signal(text.id, probs.astype(np.float32), tails.astype(np.float32), complete)
+    return Signal(text.id, probs.astype(np.float32), tails.astype(np.float32))
 
 
 def entry(choice: Choice, index: int) -> dict[str, float]:
@@ -133,13 +128,14 @@ def entry(choice: Choice, index: int) -> dict[str, float]:
     return found
 
 
-def largest(logprobs: dict[str, float], token: str, top_k: int) -> tuple[list[float], bool]:
-    """The largest probabilities of a distribution, and whether they surely are.
+def largest(logprobs: dict[str, float], token: str, top_k: int) -> list[float]:
+    """The probabilities of a distribution that surely are its largest.
 
     A server that names tokens by their text tells only one of two with the same text: special
     tokens without one, parts of a character. One of the largest may be lost so where there are
     fewer than were asked for, or where the text's own token, which is told besides the largest,
-    took the place of one.
+    took the place of one. It is no likelier than all that is missing: what is likelier than that
+    surely is among the largest, and the rest is left to the tail.
 
     Args:
         logprobs: By token; may hold the text's own token besides the largest.
@@ -147,30 +143,29 @@ def largest(logprobs: dict[str, float], token: str, top_k: int) -> tuple[list[fl
         top_k: As many were asked for.
 
     Returns:
-        (probabilities, complete): descending, at most `top_k`; complete is False where one of
-        the largest may be lost, whose probability is then part of the tail.
+        Probabilities, descending, at most `top_k`.
 
     Raises:
         Fault: They sum to more than 1.
 
     Example:
         >>> half, third, tenth = (math.log(p) for p in (0.5, 0.3, 0.1))
-        >>> largest({"a": half, "": third, "b": tenth}, "b", 2)[1]
-        True
-        >>> largest({"": third, "b": tenth}, "b", 2)[1]
-        False
+        >>> [round(p, 2) for p in largest({"a": half, "": third, "b": tenth}, "b", 2)]
+        [0.5, 0.3]
+        >>> [round(p, 2) for p in largest({"": half, "b": tenth}, "b", 2)]
+        [0.5]
     """
     probs = sorted((math.exp(max(value, -1e4)) for value in logprobs.values()), reverse=True)
     total = math.fsum(probs)
     if total > 1 + EXCESS:
         raise Fault(f"malformed answer: probabilities that sum to {total:.4f}")
-    complete = len(probs) > top_k or total > 1 - EXCESS
+    complete = len(probs) > top_k
     if len(probs) == top_k:
         shared = [name for name in logprobs if is_shared(name)]
         # The own token may be one that was added: it is the least likely then.
         added = token not in logprobs or logprobs[token] <= min(logprobs.values())
-        complete |= token not in shared and not (shared and added)
-    return probs[:top_k], complete
+        complete = token not in shared and not (shared and added)
+    return [prob for prob in probs[:top_k] if complete or prob >= 1 - total]
 
 
 def is_shared(token: str) -> bool:

@@ -36,7 +36,7 @@ class Journal:
         >>> text = ServedText("q1", "Where is Oslo?", " Norway")
         >>> probs, tails = np.array([[0.75, 0.125]], np.float32), np.array([0.125], np.float32)
         >>> with Journal(path, {"model": "m"}) as journal:
-        ...     journal.add(text, Signal("q1", probs, tails, np.array([True])))
+        ...     journal.add(text, Signal("q1", probs, tails))
         >>> with Journal(path, {"model": "m"}) as journal:
         ...     journal.signal(text).tail_mass
         array([0.125], dtype=float32)
@@ -96,8 +96,7 @@ class Journal:
             self._file.seek(self._lines[text.id][0])
             line = json.loads(self._file.readline())
         tails = _array(line["tail_mass"])
-        probs = _array(line["probs_sorted"]).reshape(len(tails), -1)
-        return Signal(text.id, probs, tails, ~np.isin(np.arange(len(tails)), line["incomplete"]))
+        return Signal(text.id, _array(line["probs_sorted"]).reshape(len(tails), -1), tails)
 
     def add(self, text: ServedText, result: Signal | str) -> None:
         """Appends a signal, or the reason why there is none; the latter is asked for again.
@@ -112,7 +111,6 @@ class Journal:
         else:
             line["probs_sorted"] = _base64(result.probs_sorted)
             line["tail_mass"] = _base64(result.tail_mass)
-            line["incomplete"] = np.flatnonzero(~result.complete).tolist()
         with self._lock:
             start = self._append(line)
             if not isinstance(result, str):
