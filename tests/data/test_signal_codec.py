@@ -76,12 +76,17 @@ def test_what_was_wrong_before_is_in_the_error():
 
 
 def test_a_vague_teacher_is_not_told_more_finely_than_it_is_known():
-    """An API tells 5 tokens; their sum and the tail are 1 only to what it rounds."""
-    rows = np.array([[0.2, 0.1, 0.05, 0.05, 0.05]])
-    signal = truncate_signal(rows, np.array([0.5495]), np.ones(1), epsilon=1e-3, cap=100)
-    read = decode_signal(encode_signal(signal, epsilon=1e-3))
-    assert (change(signal, read) + read.tail_mass <= read.error).all()
-    assert read.error[0] < 0.552
+    """An API tells 200 tokens; their sum and the tail are 1 only to what it rounds."""
+    rng = np.random.default_rng(0)
+    rows = -np.sort(-rng.dirichlet(np.ones(200), 1)) * 0.45
+    records = []
+    for tail in (0.55, 0.5495):
+        signal = truncate_signal(rows, np.array([tail]), np.ones(1), epsilon=1e-3, cap=200)
+        records.append(encode_signal(signal, epsilon=1e-3))
+        read = decode_signal(records[-1])
+        assert (change(signal, read) + read.tail_mass <= read.error).all()
+        assert read.error[0] < 0.552
+    assert len(records[1]) <= len(records[0])
 
 
 @pytest.mark.parametrize("width", [1, 7])
