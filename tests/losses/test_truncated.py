@@ -285,3 +285,37 @@ def test_bad_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         truncated_uld(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_padded_with_zeros_are_those_of_their_own_length(method):
+    """A batch of a cache: each position has kept as many as it needs."""
+    student = logits_of_every_kind(30, 3)[:12]
+    p = descending_probs64(logits_of_every_kind(40, 4)[:12])
+    counts = np.array([1, 2, 3, 5, 8, 13, 20, 29, 30, 31, 39, 40])
+    top = np.where(np.arange(40) < counts[:, None], p, 0).astype(np.float32)
+    tail = (p.sum(-1) - top.sum(-1)).clip(0).astype(np.float32)
+
+    def run(student, top, tail):
+        results = truncated_uld(student, top, tail, method=method)
+        return results[0].sum(), results
+
+    grad, padded = jax.grad(run, has_aux=True)(student, top, tail)
+    for row, count in enumerate(counts):
+        if (p[row, :count] == 0).any():
+            continue
+        alone_grad, alone = jax.grad(run, has_aux=True)(student[row], top[row, :count], tail[row])
+        for got, expected in zip(padded, alone, strict=True):
+            np.testing.assert_allclose(got[row], expected, atol=2e-6)
+        np.testing.assert_allclose(grad[row], alone_grad, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_of_padding_is_finite(method):
+    def run(student):
+        results = truncated_uld(student, jnp.zeros((2, 3)), jnp.zeros(2), method=method)
+        return results[0].sum(), results
+
+    grad, results = jax.grad(run, has_aux=True)(jnp.array([[1.0, 0, 0, 3], [2, 2, 2, 2]]))
+    assert all(np.isfinite(x).all() for x in (grad, *results))
+    np.testing.assert_allclose(results[0], 1, atol=1e-2)  # all that the student has

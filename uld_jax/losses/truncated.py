@@ -35,8 +35,9 @@ def truncated_uld(
 
     Args:
         student_logits: [*b, V], any float type.
-        teacher_probs_sorted: [*b, K], the teacher's largest probabilities, descending; a teacher
-            with fewer than K is padded with zeros. No gradient flows to them.
+        teacher_probs_sorted: [*b, K], the teacher's largest probabilities, descending. A row of
+            which fewer are known, or there are fewer, is padded with zeros, and has its own
+            smaller K. No gradient flows to them.
         teacher_tail_mass: [*b], the sum of the teacher's other probabilities.
         student_temperature: scalar divisor of the student's logits.
         method: see `uld`. With "level_set" its error bound is part of the interval.
@@ -70,7 +71,9 @@ def truncated_uld(
         without_tail, error_bound = sort_distance(student_V, teacher_K, of_logits=False), 0.0
     else:
         without_tail, error_bound = level_set_distance(student_V, teacher_K, of_logits=False)
-    student_tail = _mass_past(jax.nn.softmax(student_V), teacher_K.shape[-1])
+    # Each row's own K: past it the tail mass lies, and not the zeros that pad a batch.
+    counts = (teacher_K > 0).sum(-1)
+    student_tail = _mass_past(jax.nn.softmax(student_V), counts, teacher_K.shape[-1])
     value = without_tail + jnp.where(tail_mass > student_tail, tail_mass - student_tail, 0)
     missing = jnp.abs(tail_mass - student_tail) - student_tail
     lower = jnp.maximum(without_tail + jnp.maximum(missing, -tail_mass), 0)
@@ -78,13 +81,18 @@ def truncated_uld(
     return value, lax.stop_gradient(lower), lax.stop_gradient(upper)
 
 
-def _mass_past(probs_V: jax.Array, count: int) -> jax.Array:
-    """The sum of all but the `count` largest; its gradient needs no permutation."""
-    if count >= probs_V.shape[-1]:
-        return jnp.zeros_like(probs_V[..., 0])
-    least = lax.stop_gradient(lax.top_k(probs_V, count)[0][..., -1:])
+def _mass_past(probs_V: jax.Array, counts: jax.Array, most: int) -> jax.Array:
+    """The sum of all but the `counts` largest, at most `most`; its gradient needs no permutation.
+
+    A row of all zeros has a count of 0.
+    """
+    vocab = probs_V.shape[-1]
+    largest = lax.stop_gradient(lax.top_k(probs_V, min(most, vocab))[0])
+    last = jnp.clip(counts - 1, 0, largest.shape[-1] - 1)[..., None]
+    least = jnp.take_along_axis(largest, last, axis=-1)
     above, tied = probs_V > least, probs_V == least
     # Which of several tied at the border are among the largest is not decided: each is in part.
-    dropped = above.sum(-1, keepdims=True) + tied.sum(-1, keepdims=True) - count
-    share = dropped / tied.sum(-1, keepdims=True)
-    return (probs_V * jnp.where(above, 0, jnp.where(tied, share, 1))).sum(-1)
+    dropped = above.sum(-1, keepdims=True) + tied.sum(-1, keepdims=True) - counts[..., None]
+    share = jnp.maximum(dropped, 0) / tied.sum(-1, keepdims=True)
+    past = (probs_V * jnp.where(above, 0, jnp.where(tied, share, 1))).sum(-1)
+    return jnp.where(counts < vocab, past, 0)
