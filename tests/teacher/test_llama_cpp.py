@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -35,11 +36,10 @@ pytestmark = [pytest.mark.served, pytest.mark.real_models]
 PYTHON = os.environ.get("ULD_JAX_LLAMA_PYTHON", sys.executable)
 RECORDING = Path(__file__).with_name("recorded_exchange.json")
 K = 16
-# Σ|Δp| of the K largest. Our weights are dequantised from 4 bits and multiplied in float32;
-# llama.cpp rounds what it multiplies them with to 8 bits. Measured: max 0.094, mean 0.035.
-TOLERANCE, MEAN_TOLERANCE = 0.15, 0.06
-# Of likely tokens' log-probabilities. Measured: 0.29.
-LOG_TOLERANCE = 0.5
+# By the server's weights: Σ|Δp| of the K largest, and |Δ| of likely tokens' log-probabilities. We
+# dequantise 4 bits to float32, llama.cpp rounds what it multiplies them with to 8 bits. Measured:
+# 0.094 and 0.29 with 4 bits, 0.0019 and 0.0047 with the same weights written out.
+TOLERANCES = {"4 bits": (0.15, 0.5), "float32": (0.005, 0.02)}
 QUESTIONS = [
     ("Oslo is the capital of Norway. Question: Where is Oslo? Answer:", " Norway"),
     ("The café Zoë opened in Malmö. Question: What opened? Answer:", " the café Zoë, in Malmö"),
@@ -58,15 +58,44 @@ def await_server(process, url, log):
     pytest.fail(log.read_text()[-2000:])
 
 
+def write_in_float32(source, target):
+    """The same model with its 4-bit weights written out, which leaves a server nothing to round."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value = 0 if field.name == "general.file_type" else field.contents()
+        kind, of = field.types[0], field.types[-1]
+        is_list = kind == gguf.GGUFValueType.ARRAY
+        writer.add_key_value(field.name, value, kind, sub_type=of if is_list else None)
+    for tensor in reader.tensors:
+        weights = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, weights.reshape([int(n) for n in tensor.shape[::-1]]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module", params=["4 bits", "float32"])
+def weights(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def url(smollm_gguf, tmp_path_factory):
+def url(smollm_gguf, tmp_path_factory, weights):
     found = subprocess.run([PYTHON, "-c", "import llama_cpp.server"], capture_output=True)
     if found.returncode:
         pytest.skip(f"{PYTHON} has no llama-cpp-python[server]: see CONTRIBUTING.md")
+    directory = tmp_path_factory.mktemp("llama")
+    model = smollm_gguf
+    if weights == "float32":
+        model = directory / "float32.gguf"
+        write_in_float32(smollm_gguf, model)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    directory = tmp_path_factory.mktemp("llama")
-    command = [PYTHON, "-m", "llama_cpp.server", "--model", str(smollm_gguf), "--port", str(port)]
+    command = [PYTHON, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--n_ctx", "1024", "--logits_all", "true"]
     log = directory / "log"
     with log.open("w") as file:
@@ -77,6 +106,7 @@ def url(smollm_gguf, tmp_path_factory):
     finally:
         process.terminate()
         process.wait(30)
+        (directory / "float32.gguf").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +130,14 @@ def log_softmax(logits):
     return np.asarray(jax.nn.log_softmax(logits))
 
 
-def test_signals_are_those_of_our_own_model(url, own, tmp_path):
+def test_signals_are_those_of_our_own_model(url, weights, own, tmp_path):
+    tolerance, log_tolerance = TOLERANCES[weights]
     with CompletionsClient(Server(url, "smollm2", top_k=K, retries=1, concurrency=2)) as client:
         check = check_server(client, TEXTS[:2])
         assert check.shift == 1, "llama-cpp-python has changed: see ServerCheck"
         # Both ways to check agree.
         expected = [-np.sort(-log_softmax(own[text.id]))[:, :4] for text in TEXTS]
-        given = check_server(client, TEXTS, expected=expected, tolerance=LOG_TOLERANCE)
+        given = check_server(client, TEXTS, expected=expected, tolerance=log_tolerance)
         assert given.shift == check.shift
         failed = {}
         signals = list(
@@ -127,8 +158,7 @@ def test_signals_are_those_of_our_own_model(url, own, tmp_path):
         assert (exact <= upper + slack).all()
     differences = np.concatenate(differences)
     print(f"{given}; Σ|Δp| max {differences.max():.4f} mean {differences.mean():.4f}")
-    assert differences.max() < TOLERANCE
-    assert differences.mean() < MEAN_TOLERANCE
+    assert differences.max() < tolerance
 
 
 def test_chat_prompts_are_not_shifted(url):
@@ -141,7 +171,9 @@ def test_chat_prompts_are_not_shifted(url):
 
 
 @pytest.mark.skipif("ULD_JAX_RECORD" not in os.environ, reason="records only with ULD_JAX_RECORD")
-def test_record_an_exchange(url, own, tmp_path):
+def test_record_an_exchange(url, weights, own, tmp_path):
+    if weights != "4 bits":
+        pytest.skip("the recording is of the file as it is")
     texts, exchanges = TEXTS[:2], []
     server = Server(url, "smollm2", top_k=4, retries=0, concurrency=1)
     with CompletionsClient(server) as client:

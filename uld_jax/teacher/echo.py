@@ -241,7 +241,7 @@ def text_positions(choice: Choice, text: ServedText) -> Positions:
     count = len(spans) if spans is not None else sum(start < length for start in starts)
     given = choice.prompt_tokens if choice.prompt_tokens is not None else count
     # A token that begins every text need not have a position; nor need unspelled ones.
-    if not 0 <= given - count <= 1 + unspelled:
+    if not 0 <= given - count <= (1 + unspelled) * (spans is not None):
         raise wrong_number(given, count)
     if spans is None:
         raise Fault(
@@ -272,8 +272,10 @@ def _tiling(starts: list[int], tokens: list[str], text: str) -> list[tuple[int, 
         start, token = starts[i], tokens[i]
         whole = not is_shared(token)
         end = starts[i + 1] if i + 1 < len(starts) else (start + len(token) if whole else len(text))
-        # The blank before the first word may be the tokenizer's.
-        if end < start or (i > 0 and whole and text[start:end] != token):
+        found = text[max(start, 0) : end]
+        if i == 0:  # the blank before the first word may be the tokenizer's
+            found, token = found.lstrip(), token.lstrip()
+        if end < start or (start >= 0 and whole and found != token):
             return None
         if end == start and ord(text[start]) > 127:
             end = start + 1  # a part of a character, whose last token has the width
