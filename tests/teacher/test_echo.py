@@ -36,6 +36,11 @@ def test_a_token_that_ends_in_the_answer_is_one_of_the_answer(name, answer):
     assert found.hidden == (name == "begins with a hidden token")
 
 
+def test_each_part_of_the_answers_first_character_is_one_of_the_answer():
+    text = ServedText("0", TEXT.prompt + " cat ", "é")
+    assert text_positions(ECHOES["llama.cpp"], text).answer == [5, 6]
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [

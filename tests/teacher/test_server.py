@@ -198,7 +198,9 @@ def test_a_fault_that_stays_is_recorded(fake, teacher, texts, tmp_path, fault, r
 
 def test_a_hang_ends_with_the_read_timeout(fake, teacher, texts, tmp_path):
     fake.fault = lambda number, body: "hang" if number == 0 else None
+    start = time.monotonic()
     check_values(teacher, texts[:2], fetch(fake, texts[:2], tmp_path, read_timeout_s=0.3))
+    assert 0.3 <= time.monotonic() - start < 15
     assert fake.hanging.is_set()
     assert len(fake.requests) == 3
 
@@ -353,7 +355,10 @@ def test_a_killed_run_goes_on_with_what_is_missing(fake, tmp_path):
     found, _ = again.communicate(timeout=120)
     assert found == expected
     assert len(fake.requests) == 9 - lines
-    assert journal.read_text().startswith(whole)
+    text = journal.read_text()
+    assert text.startswith(whole)
+    ids = [json.loads(line)["id"] for line in text.splitlines()[1:]]
+    assert sorted(ids) == [f"q{i}" for i in range(9)]
 
 
 def test_a_journal_of_something_else_is_refused(fake, texts, tmp_path):
