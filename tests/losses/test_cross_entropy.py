@@ -9,6 +9,7 @@ import torch
 from jax.test_util import check_grads
 
 from uld_jax.losses import cross_entropy
+from uld_jax.losses.cross_entropy import fused_cross_entropy
 
 OPTIONS = [{}, {"label_smoothing": 0.2}, {"z_loss": 0.01}, {"label_smoothing": 0.2, "z_loss": 0.01}]
 
@@ -189,3 +190,42 @@ def test_no_rows_give_no_losses():
 
 def test_nan_is_not_hidden():
     assert jnp.isnan(cross_entropy(jnp.array([0.0, jnp.nan, 1.0]), jnp.array(0)))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 50])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fused_equals_unfused(options, chunk_size, softcap):
+    hidden, head = random_logits((2, 7, 5)), random_logits((11, 5), 1)
+    targets = random_targets((2, 7), 11)
+    weights = jnp.abs(random_logits((2, 7), 2)).at[1, 3].set(0)
+
+    def fused(hidden, head):
+        more = {"softcap": softcap, "chunk_size": chunk_size, **options}
+        return fused_cross_entropy(hidden, head, targets, weights=weights, **more)
+
+    def unfused(hidden, head):
+        logits = hidden @ head.T
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return (weights * cross_entropy(logits, targets, **options)).sum()
+
+    (value, grads), (expected, wanted) = (
+        jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (fused, unfused)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for grad, reference in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(grad, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_leaves_a_position_without_weight_out():
+    hidden = random_logits((3, 5)).at[1].set(jnp.inf)
+    loss = fused_cross_entropy(
+        hidden, jnp.eye(4, 5), jnp.array([0, 99, 2]), weights=jnp.array([1.0, 0.0, 1.0])
+    )
+    assert bool(jnp.isfinite(loss))
+
+
+def test_fused_refuses_empty_chunks():
+    arrays = jnp.ones((3, 5)), jnp.eye(4, 5), jnp.zeros(3, int)
+    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
+        fused_cross_entropy(*arrays, weights=jnp.ones(3), chunk_size=0)
