@@ -358,3 +358,21 @@ def test_a_missing_extra_is_named(monkeypatch):
         transport.levenshtein_cost(["a"], ["b"])
     cost = transport.embedding_cost(np.zeros((1, 2)), np.ones((1, 2)))
     np.testing.assert_allclose(cost(jnp.array([0]), jnp.array([0])), 2**0.5, rtol=1e-6)
+
+
+def test_rows_over_a_mesh_equal_one_device():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=auto)
+    rows = jax.sharding.PartitionSpec("data")
+    student, teacher = random_logits((8, 6)), random_logits((8, 9), 1)
+    cost = random_cost((6, 9))
+
+    def gradient(student, teacher):
+        return jax.grad(lambda s: transport_loss(s, teacher, cost, top_k=5).value.sum())(student)
+
+    sharded = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False
+    )
+    np.testing.assert_allclose(
+        jax.jit(sharded)(student, teacher), gradient(student, teacher), rtol=1e-5, atol=1e-7
+    )

@@ -244,7 +244,8 @@ def transport_loss(
         threshold: total misplaced probability, the sum of |column sum − p|.
 
     Returns:
-        Value, bounds and masses, not reduced. Memory: O(top_k²) a position.
+        Value, bounds and masses, not reduced. Memory: O(top_k²) a position. (In `jax.shard_map` it
+        needs check_vma=False: the solver of ott-jax does not pass that check.)
 
     Raises:
         ValueError: for sizes that do not match, or settings out of range.
