@@ -88,8 +88,10 @@ def _mass_past(probs_V: jax.Array, counts: jax.Array, most: int) -> jax.Array:
     """
     vocab = probs_V.shape[-1]
     largest = lax.stop_gradient(lax.top_k(probs_V, min(most, vocab))[0])
-    last = jnp.clip(counts - 1, 0, largest.shape[-1] - 1)[..., None]
-    least = jnp.take_along_axis(largest, last, axis=-1)
+    # The last of the row's own; a minimum, for a TPU looks up one element at a time.
+    rank = lax.broadcasted_iota(jnp.int32, largest.shape, largest.ndim - 1)
+    own = rank < jnp.maximum(counts, 1)[..., None]
+    least = jnp.where(own, largest, jnp.inf).min(-1, keepdims=True)
     above, tied = probs_V > least, probs_V == least
     # Which of several tied at the border are among the largest is not decided: each is in part.
     dropped = above.sum(-1, keepdims=True) + tied.sum(-1, keepdims=True) - counts[..., None]
