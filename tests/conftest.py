@@ -19,8 +19,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "uld_jax_xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+MOST_MAPPINGS = 20_000
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = Path(os.environ.get("ULD_JAX_CACHE", Path.home() / ".cache" / "uld_jax")) / "models"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Forgets compiled programs between files once there are many.
+
+    Each takes several mappings of memory, of which Linux allows a process 65,530: the programs of
+    all files together are more, and XLA aborts the process. test_parity.py alone takes 28,000.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
