@@ -57,7 +57,7 @@ class Positions(NamedTuple):
     hidden: int
 
 
-class Signal(NamedTuple):
+class ServedSignal(NamedTuple):
     """The teacher's signal for one example.
 
     Attributes:
@@ -72,7 +72,7 @@ class Signal(NamedTuple):
     tail_mass: np.ndarray
 
 
-def signal(choice: Choice, text: ServedText, *, top_k: int, shift: int, end: bool) -> Signal:
+def signal(choice: Choice, text: ServedText, *, top_k: int, shift: int, end: bool) -> ServedSignal:
     """The signal in a server's echo of a text.
 
     Args:
@@ -106,7 +106,7 @@ def signal(choice: Choice, text: ServedText, *, top_k: int, shift: int, end: boo
         kept = largest(entry(choice, i - shift), choice.tokens[i - shift], top_k)
         row[: len(kept)] = kept
     tails = np.clip(1 - probs.sum(-1), 0, 1)
-    return Signal(text.id, probs.astype(np.float32), tails.astype(np.float32))
+    return ServedSignal(text.id, probs.astype(np.float32), tails.astype(np.float32))
 
 
 def entry(choice: Choice, index: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from uld_jax.errors import UserError
-from uld_jax.teacher.echo import ServedText, Signal
+from uld_jax.teacher.echo import ServedSignal, ServedText
 
 FORMAT = 1
 
@@ -36,7 +36,7 @@ class Journal:
         >>> text = ServedText("q1", "Where is Oslo?", " Norway")
         >>> probs, tails = np.array([[0.75, 0.125]], np.float32), np.array([0.125], np.float32)
         >>> with Journal(path, {"model": "m"}) as journal:
-        ...     journal.add(text, Signal("q1", probs, tails))
+        ...     journal.add(text, ServedSignal("q1", probs, tails))
         >>> with Journal(path, {"model": "m"}) as journal:
         ...     journal.signal(text).tail_mass
         array([0.125], dtype=float32)
@@ -83,7 +83,7 @@ class Journal:
             )
         return found is not None
 
-    def signal(self, text: ServedText) -> Signal:
+    def signal(self, text: ServedText) -> ServedSignal:
         """Reads a signal.
 
         Args:
@@ -96,9 +96,9 @@ class Journal:
             self._file.seek(self._lines[text.id][0])
             line = json.loads(self._file.readline())
         tails = _array(line["tail_mass"])
-        return Signal(text.id, _array(line["probs_sorted"]).reshape(len(tails), -1), tails)
+        return ServedSignal(text.id, _array(line["probs_sorted"]).reshape(len(tails), -1), tails)
 
-    def add(self, text: ServedText, result: Signal | str) -> None:
+    def add(self, text: ServedText, result: ServedSignal | str) -> None:
         """Appends a signal, or the reason why there is none; the latter is asked for again.
 
         Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from uld_jax.errors import UserError
 from uld_jax.teacher.choices import Choice, Fault
 from uld_jax.teacher.completions import CompletionsClient
-from uld_jax.teacher.echo import ServedText, Signal, signal
+from uld_jax.teacher.echo import ServedSignal, ServedText, signal
 from uld_jax.teacher.journal import Journal
 
 JOURNAL = "served.jsonl"
@@ -40,7 +40,7 @@ def served_signals(
     *,
     progress: Callable[[int], None] | None = None,
     failed: dict[str, str] | None = None,
-) -> Iterator[Signal]:
+) -> Iterator[ServedSignal]:
     """Fetches the signals of texts that `directory` has none of, and yields those of all.
 
     Every signal is in the directory's journal before the next is asked for in its place, so a run
@@ -124,7 +124,7 @@ class _Fetch:
     def _request(self, texts: Sequence[ServedText]) -> None:
         server = self._client.server
 
-        def read(index: int, choice: Choice) -> Signal:
+        def read(index: int, choice: Choice) -> ServedSignal:
             found = signal(
                 choice,
                 texts[index],
