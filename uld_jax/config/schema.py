@@ -55,8 +55,9 @@ class BaseModelConfig:
         source: Hugging Face id, directory of safetensors, or .gguf file.
         dtype: of the computation: float32 | bfloat16.
         param_dtype: of the stored parameters: float32 | bfloat16.
-        remat: what the backward pass computes again: none | dots (all but matrix products) | full |
-            offload (as dots, the products kept in the host's memory).
+        remat: what the backward pass computes again besides norms, activations and attention's
+            scores: none | dots (all but matrix products) | full | offload (as dots, the products
+            kept in the host's memory).
         shots: worked examples in its prompt.
         chat: use of the tokenizer's chat template: auto (where there is one) | always | never.
         max_length: tokens; a longer prompt + answer is dropped and counted.

@@ -171,9 +171,9 @@ class Policy:
     Args:
         dtype: Activations and matrix products, "float32" or "bfloat16"; norms, softmax, losses
             and logits are float32 whatever it says.
-        remat: What the backward pass recomputes: "none", "dots" (everything but weight products),
-            "full" (each block from its input) or "offload" (as "dots", the products kept in the
-            host's memory).
+        remat: What the backward pass recomputes besides norms, activations and scores: "none",
+            "dots" (everything but weight products), "full" (each block from its input) or
+            "offload" (as "dots", the products kept in the host's memory).
         attention: How whole sequences attend: "xla", "cudnn" (NVIDIA), "splash" (TPU), or "auto".
 
     Example:

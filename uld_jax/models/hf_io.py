@@ -102,7 +102,7 @@ def load(
         source: A Hugging Face hub id, a directory of safetensors, or a .gguf file.
         dtype: Type of activations and products, "float32" or "bfloat16".
         param_dtype: Type of the parameters, likewise.
-        remat: What the backward pass recomputes: "none", "dots" or "full".
+        remat: What the backward pass recomputes, see `Policy`.
         mesh: Where the parameters go; the first device by default.
 
     Returns:
