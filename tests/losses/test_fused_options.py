@@ -12,8 +12,11 @@ from jax.sharding import AxisType, PartitionSpec
 from uld_jax.losses import (
     DIVERGENCES,
     FusedLoss,
+    HeadTeacher,
+    SortedTeacher,
     cross_entropy,
     fused_divergence_cross_entropy,
+    fused_teachers_cross_entropy,
     fused_uld_cross_entropy,
     sorted_probabilities,
     truncated_uld,
@@ -52,7 +55,7 @@ def unfused(arrays, distances, weights="uld_weights", softcap=None, **ce_options
     logits = whole_logits(arrays, "student", softcap)
     losses = cross_entropy(logits, arrays["targets"], **ce_options)
     parts = (arrays["ce_weights"] * losses).sum(), (arrays[weights] * distances(logits)).sum()
-    return FusedLoss(sum(parts), *parts)
+    return FusedLoss(sum(parts), parts[0], parts[1][None])
 
 
 def with_gradients(loss, arrays):
@@ -284,7 +287,10 @@ def test_a_scan_over_micro_batches_adds_up_to_the_batch(form):
             hidden = gradients.pop("student_hidden")
             return jax.tree.map(jnp.add, sums, (out, gradients)), hidden
 
-        start = (FusedLoss(0.0, 0.0, 0.0), {"student_head": jnp.zeros_like(heads["student_head"])})
+        start = (
+            FusedLoss(0.0, 0.0, jnp.zeros(1)),
+            {"student_head": jnp.zeros_like(heads["student_head"])},
+        )
         (out, gradients), hidden = lax.scan(step, start, micro_batches)
         return out, {**gradients, "student_hidden": hidden.reshape(6, 3, D)}
 
@@ -341,15 +347,49 @@ def test_numbers_may_be_traced(form):
     assert abs(plain[0].total - loss(numbers, 0.3)[0].total) > 1e-2
 
 
-def test_the_result_is_a_tree_of_three_numbers():
+def test_the_result_is_a_tree_of_its_parts():
     arrays = random_arrays((5,), 6, 7, seed=12)
     out = jax.jit(fused_uld)(arrays)
     assert isinstance(out, FusedLoss)
-    assert [x.shape for x in jax.tree.leaves(out)] == [()] * 3
+    assert [x.shape for x in jax.tree.leaves(out)] == [(), (), (1,)]
     np.testing.assert_allclose(out.total, out.cross_entropy + out.distance, rtol=1e-6)
     only_ce = fused_uld({**arrays, "uld_weights": jnp.zeros(5)})
     assert only_ce.distance == 0
     np.testing.assert_allclose(only_ce.total, out.cross_entropy, rtol=1e-6)
+
+
+def test_several_teachers_add_up():
+    arrays = random_arrays((5,), 6, 7, seed=13)
+    other = random_arrays((5,), 6, 9, seed=14)
+    signal = as_signal(other, known=3)
+    student = {name: arrays[name] for name in ("student_hidden", "student_head")}
+    shared = {name: arrays[name] for name in ("targets", "ce_weights")}
+    names = ("teacher_hidden", "teacher_head", "uld_weights")
+
+    def together(student):
+        teachers = [
+            HeadTeacher(*(arrays[name] for name in names), temperature=1.3),
+            SortedTeacher(
+                signal["teacher_probs_sorted"], other["uld_weights"], signal["teacher_tail_mass"]
+            ),
+        ]
+        return fused_teachers_cross_entropy(**student, teachers=teachers, **shared, chunk_size=2)
+
+    def apart(student):
+        nothing = jnp.zeros(5)
+        first = fused_uld({**arrays, **student}, teacher_temperature=1.3)
+        second = fused_uld({**signal, **shared, **student, "ce_weights": nothing})
+        distances = jnp.stack([first.distance, second.distance])
+        return FusedLoss(first.total + second.total, first.cross_entropy, distances)
+
+    (loss, grads), (expected, expected_grads) = (
+        (f(student), jax.grad(lambda s, f=f: f(s).total)(student)) for f in (together, apart)
+    )
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6),
+        (loss, grads),
+        (expected, expected_grads),
+    )
 
 
 def probs_of(leading, known=3):
@@ -371,7 +411,6 @@ NO_TEACHER = {"teacher_hidden": None, "teacher_head": None}
             NO_TEACHER | probs_of((5,)) | {"teacher_tail_mass": jnp.zeros((5, 1))},
             r"teacher_tail_mass: expected shape \(5,\), got \(5, 1\)",
         ),
-        (NO_TEACHER | probs_of((5,)) | {"axis_name": "tensor"}, "axis_name: expected None"),
         ({"teacher_tail_mass": jnp.zeros(5)}, "teacher_tail_mass: expected None without"),
         ({"student_head": jnp.zeros((6, D + 1))}, r"student_hidden: expected shape \(5, 6\)"),
         ({"targets": jnp.zeros(4, int)}, r"teacher_hidden: expected shape \(4, 4\)"),

@@ -10,11 +10,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from uld_jax.losses import (
+    HeadTeacher,
+    SortedTeacher,
     cross_entropy,
-    fused_uld_cross_entropy,
+    fused_teachers_cross_entropy,
     reference_uld,
     sharded_uld,
     sharded_uld_cross_entropy,
+    sorted_probabilities,
     uld,
 )
 
@@ -35,14 +38,26 @@ def fused_inputs(batch, count, student_vocab, teacher_vocab, seed=0):
     arrays = {
         "student_hidden": rng.normal(0, 2, (batch, count, 5)),
         "student_head": rng.normal(0, 1, (student_vocab, 5)),
-        "teacher_hidden": rng.normal(0, 2, (batch, count, 4)),
-        "teacher_head": rng.normal(0, 1, (teacher_vocab, 4)),
         "ce_weights": rng.uniform(size=(batch, count)),
-        "uld_weights": rng.uniform(size=(batch, count)),
     }
-    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    hidden, head, weights = (
+        rng.normal(0, 2, (batch, count, 4)),
+        rng.normal(0, 1, (teacher_vocab, 4)),
+        rng.uniform(size=(batch, count)),
+    )
+    arrays["teachers"] = [HeadTeacher(hidden, head, weights, temperature=0.8, softcap=4.0)]
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
     targets = jnp.asarray(rng.integers(0, student_vocab, (batch, count)))
     return {**arrays, "targets": targets}
+
+
+def with_signals(arrays, known):
+    """The same teacher as a signal too: whole, and its first `known` probabilities."""
+    (teacher,) = arrays["teachers"]
+    logits = 4 * jnp.tanh(teacher.hidden @ teacher.head.T / 4)
+    probs = sorted_probabilities(logits, 0.8)
+    cut = SortedTeacher(probs[..., :known], 0.5 * teacher.weights, probs[..., known:].sum(-1))
+    return {**arrays, "teachers": [teacher, SortedTeacher(probs, teacher.weights), cut]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +98,7 @@ def test_value_and_gradient_equal_one_device(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("shape", "batch_axes"), MESHES)
 def test_the_fused_loss_equals_one_device(method, shape, batch_axes):
-    arrays = fused_inputs(8, 5, 51, 29)
+    arrays = with_signals(fused_inputs(8, 5, 51, 29), known=11)
     options = {"method": method, "label_smoothing": 0.1, "z_loss": 1e-2, "student_softcap": 5.0}
     mesh = make_mesh(shape)
     over_shards = partial(sharded_uld_cross_entropy, mesh=mesh, batch_axes=batch_axes)
@@ -98,11 +113,12 @@ def test_the_fused_loss_equals_one_device(method, shape, batch_axes):
         student = {name: arrays[name] for name in ("student_hidden", "student_head")}
         return [
             jax.value_and_grad(partial(total, loss), has_aux=True)(student)
-            for loss in (over_shards, fused_uld_cross_entropy)
+            for loss in (over_shards, fused_teachers_cross_entropy)
         ]
 
     ((_, loss), grads), ((_, expected), expected_grads) = compute(arrays, 1.7)
-    for part in ("total", "cross_entropy", "distance"):
+    assert expected.distances.shape == (3,)
+    for part in ("total", "cross_entropy", "distances"):
         np.testing.assert_allclose(getattr(loss, part), getattr(expected, part), rtol=1e-5)
     for name, grad in grads.items():
         atol = 1e-5 * abs(expected_grads[name]).max()
@@ -143,31 +159,31 @@ def gathered_sizes(program):
     return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
 
 
-def place(mesh, name, array):
-    axes = ("tensor",) if name.endswith("head") else ("data",)
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+def place(mesh, arrays):
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.device_put(x, rows) if x.shape[:1] == (2,) else x, arrays)
 
 
+@pytest.mark.parametrize("teacher", ["head", "signal"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
-def test_the_compiled_step_gathers_nothing_as_large_as_a_vocabulary(method, shape):
+def test_the_compiled_step_gathers_nothing_as_large_as_a_vocabulary(method, shape, teacher):
     student_vocab, teacher_vocab, mesh = 49_152 // 8, 6_277, make_mesh(shape)
     assert teacher_vocab % 8  # eight shards need padding
     arrays = fused_inputs(2, 8, student_vocab, teacher_vocab)
-    arrays = {
-        name: place(mesh, name, array) for name, array in arrays.items() if "head" not in name
-    } | {name: arrays[name] for name in ("student_head", "teacher_head")}
+    if teacher == "signal":
+        arrays["teachers"] = with_signals(arrays, known=50)["teachers"][2:]
+    rest = place(mesh, {name: x for name, x in arrays.items() if name != "student_head"})
 
     def total(student_head, arrays):
-        heads = {"student_head": student_head, "teacher_head": arrays["teacher_head"]}
+        options = {"batch_axes": "data", "method": method, "chunk_size": 4}
         return sharded_uld_cross_entropy(
-            **{**arrays, **heads}, mesh=mesh, batch_axes="data", method=method, chunk_size=4
+            **arrays, student_head=student_head, mesh=mesh, **options
         ).total
 
-    rest = {name: array for name, array in arrays.items() if name != "student_head"}
     program = compiled_text(jax.value_and_grad(total), arrays["student_head"], rest)
     assert all(size < teacher_vocab for size in gathered_sizes(program)), gathered_sizes(program)
-    assert ("all-to-all" in program) == (method == "sort")
+    assert ("all-to-all" in program) == (method == "sort" or teacher == "signal")
 
 
 def test_a_gathered_vocabulary_would_be_noticed():

@@ -16,6 +16,7 @@ from uld_jax.losses.features import attention_loss, hidden_state_loss, layer_map
 from uld_jax.losses.fused import (
     FusedLoss,
     fused_divergence_cross_entropy,
+    fused_teachers_cross_entropy,
     fused_uld_cross_entropy,
 )
 from uld_jax.losses.level_set import level_set_uld
@@ -25,6 +26,7 @@ from uld_jax.losses.sharded import (
     vocab_parallel_uld,
 )
 from uld_jax.losses.sorting import sorted_l1, sorted_probabilities
+from uld_jax.losses.teachers import HeadTeacher, SortedTeacher
 from uld_jax.losses.truncated import truncated_uld
 from uld_jax.losses.uld import reference_uld, uld, uld_to_sorted
 from uld_jax.types import LossOut
@@ -33,11 +35,14 @@ __all__ = [
     "DIVERGENCES",
     "DistillationLoss",
     "FusedLoss",
+    "HeadTeacher",
     "LossOut",
+    "SortedTeacher",
     "attention_loss",
     "cross_entropy",
     "distillation_loss",
     "fused_divergence_cross_entropy",
+    "fused_teachers_cross_entropy",
     "fused_uld_cross_entropy",
     "hidden_state_loss",
     "hybrid_loss",

@@ -1,10 +1,10 @@
-"""Cross-entropy and a distance to the teacher from hidden states, a chunk of positions at a time.
+"""Cross-entropy and distances to teachers from hidden states, a chunk of positions at a time.
 
-What `chunked_head_loss` sums is defined here: CE + λ·ULD, or CE + λ·(a divergence of logits), from
-the teacher's hidden states and head or from its sorted probabilities.
+What `chunked_head_loss` sums is defined here: CE + λ·ULD, or CE + λ·(a divergence of logits). What
+a teacher is given by, its hidden states and head or its sorted probabilities, is in `teachers`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,29 +13,46 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from uld_jax.losses.chunked import Chunks, chunked_head_loss, product
+from uld_jax.losses.chunked import Chunks, chunked_head_loss
 from uld_jax.losses.cross_entropy import cross_entropy
 from uld_jax.losses.divergences import DIVERGENCES, check_divergence
-from uld_jax.losses.truncated import truncated_uld
-from uld_jax.losses.uld import check_method, distance, resolve_method, uld_to_sorted
+from uld_jax.losses.teachers import (
+    Head,
+    HeadTeacher,
+    SortedTeacher,
+    Teacher,
+    check_shape,
+    product_dtype,
+)
+from uld_jax.losses.uld import check_method
 
-__all__ = ["FusedLoss", "fused_divergence_cross_entropy", "fused_uld_cross_entropy"]
+__all__ = [
+    "FusedLoss",
+    "fused_divergence_cross_entropy",
+    "fused_teachers_cross_entropy",
+    "fused_uld_cross_entropy",
+]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedLoss:
-    """Weighted sums over all positions, each a scalar.
+    """Weighted sums over all positions.
 
     Attributes:
-        total: cross_entropy + distance; the only differentiable field.
-        cross_entropy: Σ ce_weights · CE, for the log: no gradient.
-        distance: Σ weights · ULD, or the divergence, for the log: no gradient.
+        total: f32[], cross_entropy + distance; the only differentiable field.
+        cross_entropy: f32[], Σ ce_weights · CE, for the log: no gradient.
+        distances: f32[k], Σ weights · ULD, or the divergence, to each of k teachers; no gradient.
     """
 
     total: jax.Array
     cross_entropy: jax.Array
-    distance: jax.Array
+    distances: jax.Array
+
+    @property
+    def distance(self) -> jax.Array:
+        """f32[], the sum over teachers."""
+        return self.distances.sum(-1)
 
 
 def fused_uld_cross_entropy(
@@ -118,34 +135,111 @@ def fused_uld_cross_entropy(
         >>> round(float(loss.cross_entropy), 4), float(loss.distance), round(float(loss.total), 4)
         (1.3863, 1.5, 2.8863)
     """
-    check_method(method)
-    student = _Head(student_softcap, student_vocab, axis_name)
     if teacher_hidden is not None and teacher_head is not None and teacher_probs_sorted is None:
         if teacher_tail_mass is not None:
             raise ValueError("teacher_tail_mass: expected None without teacher_probs_sorted")
-        _check_shape("teacher_hidden", teacher_hidden, (*targets.shape, teacher_head.shape[-1]))
-        dtype = _dtype(compute_dtype, teacher_hidden, teacher_head)
-        compare = _UldToHead(_Head(teacher_softcap, teacher_vocab, axis_name), dtype, method)
-        teacher = teacher_hidden
-        constants = (teacher_head, student_temperature, teacher_temperature)
+        teacher = HeadTeacher(
+            teacher_hidden,
+            teacher_head,
+            uld_weights,
+            teacher_temperature,
+            teacher_softcap,
+            teacher_vocab,
+        )
     elif teacher_probs_sorted is not None and teacher_hidden is None and teacher_head is None:
-        if axis_name is not None:
-            raise ValueError("axis_name: expected None for teacher_probs_sorted, which are whole")
-        _check_shape("teacher_probs_sorted", teacher_probs_sorted[..., 0], targets.shape)
-        if teacher_tail_mass is not None:
-            _check_shape("teacher_tail_mass", teacher_tail_mass, targets.shape)
-        compare, constants = _UldToSorted(method), student_temperature
-        teacher = (teacher_probs_sorted, teacher_tail_mass)
+        teacher = SortedTeacher(teacher_probs_sorted, uld_weights, teacher_tail_mass)
     else:
         raise ValueError(
             "teacher: expected teacher_hidden and teacher_head, or else teacher_probs_sorted"
         )
-    _check_shape("uld_weights", uld_weights, targets.shape)
+    return fused_teachers_cross_entropy(
+        student_hidden,
+        student_head,
+        [teacher],
+        targets,
+        ce_weights=ce_weights,
+        student_temperature=student_temperature,
+        student_softcap=student_softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        method=method,
+        chunk_size=chunk_size,
+        compute_dtype=compute_dtype,
+        student_vocab=student_vocab,
+        axis_name=axis_name,
+    )
+
+
+def fused_teachers_cross_entropy(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teachers: Sequence[Teacher],
+    targets: jax.Array,
+    *,
+    ce_weights: jax.Array,
+    student_temperature: ArrayLike = 1.0,
+    student_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    method: str = "auto",
+    chunk_size: int = 32,
+    compute_dtype: DTypeLike | None = None,
+    student_vocab: int | None = None,
+    axis_name: str | None = None,
+) -> FusedLoss:
+    """`fused_uld_cross_entropy` to any number of teachers, with one pass of the student's head.
+
+    total = Σ_n ce_weights_n · CE(student_n, targets_n) + Σ_k Σ_n weights_kn · d(student_n, k_n).
+
+    Args:
+        student_hidden: [*b, N, D], the student's last hidden states.
+        student_head: [V, D], the student's output embedding.
+        teachers: each with its own weights, which carry λ, its share and its normaliser.
+        targets: i32[*b, N], token ids in [0, V); any value where `ce_weights` is 0.
+        ce_weights: f32[*b, N]; 0 leaves a position out.
+        student_temperature: see `fused_uld_cross_entropy`, as are the arguments below.
+        student_softcap: of the student's logits.
+        label_smoothing: of the CE.
+        z_loss: of the CE.
+        method: of the distances.
+        chunk_size: positions at a time.
+        compute_dtype: type of the factors of the matrix products.
+        student_vocab: rows of the student's head that are tokens.
+        axis_name: of an enclosing `jax.shard_map`, that the rows of all heads are sharded over;
+            sorted probabilities are whole on every device.
+
+    Returns:
+        The total and its parts.
+
+    Raises:
+        ValueError: for an unknown method, shapes that do not match, or a chunk_size below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from uld_jax.losses import HeadTeacher, SortedTeacher, fused_teachers_cross_entropy
+        >>> hidden, head, ones = jnp.zeros((3, 2)), jnp.zeros((4, 2)), jnp.ones(3)
+        >>> teachers = [
+        ...     HeadTeacher(hidden, jnp.zeros((8, 2)), ones / 3),
+        ...     SortedTeacher(jnp.ones((3, 1)), ones / 3),
+        ... ]
+        >>> loss = fused_teachers_cross_entropy(
+        ...     hidden, head, teachers, jnp.array([0, 1, 2]), ce_weights=ones / 3)
+        >>> loss.distances.tolist()
+        [1.0, 1.5]
+    """
+    check_method(method)
+    for teacher in teachers:
+        teacher.check(targets.shape)
+    objective = _Objective(
+        Head(student_softcap, student_vocab, axis_name),
+        tuple(teacher.distance(method, axis_name, compute_dtype) for teacher in teachers),
+    )
+    of_teachers = tuple(teacher.constants for teacher in teachers)
     return _fused(
-        _Objective(student, compare),
+        objective,
         (student_hidden, student_head),
-        (targets, ce_weights, uld_weights, teacher),
-        (label_smoothing, z_loss, constants),
+        (targets, ce_weights, tuple(teacher.positions for teacher in teachers)),
+        (label_smoothing, z_loss, student_temperature, of_teachers),
         chunk_size,
         compute_dtype,
     )
@@ -216,104 +310,47 @@ def fused_divergence_cross_entropy(
         0.1201
     """
     check_divergence(divergence, divergence_options)
-    _check_shape("teacher_hidden", teacher_hidden, (*targets.shape, teacher_head.shape[-1]))
-    _check_shape("divergence_weights", divergence_weights, targets.shape)
-    dtype = _dtype(compute_dtype, teacher_hidden, teacher_head)
-    compare = _Divergence(_Head(teacher_softcap, teacher_vocab), dtype, divergence)
-    temperatures = {
-        "student_temperature": student_temperature,
-        "teacher_temperature": teacher_temperature,
-    }
+    check_shape("teacher_hidden", teacher_hidden, (*targets.shape, teacher_head.shape[-1]))
+    check_shape("divergence_weights", divergence_weights, targets.shape)
+    dtype = product_dtype(compute_dtype, teacher_hidden, teacher_head)
+    compare = _Divergence(Head(teacher_softcap, teacher_vocab, None), dtype, divergence)
+    options = {"teacher_temperature": teacher_temperature, **(divergence_options or {})}
     return _fused(
-        _Objective(_Head(student_softcap, student_vocab), compare),
+        _Objective(Head(student_softcap, student_vocab, None), (compare,)),
         (student_hidden, student_head),
-        (targets, ce_weights, divergence_weights, teacher_hidden),
-        (label_smoothing, z_loss, (teacher_head, {**temperatures, **(divergence_options or {})})),
+        (targets, ce_weights, ((divergence_weights, teacher_hidden),)),
+        (label_smoothing, z_loss, student_temperature, ((teacher_head, options),)),
         chunk_size,
         compute_dtype,
     )
 
 
 @dataclass(frozen=True)
-class _Head:
-    """How products with a head become logits."""
-
-    softcap: float | None
-    vocab: int | None
-    axis_name: str | None = None
-
-    def finish(self, logits_CV: jax.Array) -> jax.Array:
-        width = logits_CV.shape[-1]
-        shards = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
-        if self.vocab is not None and not 1 <= self.vocab <= shards * width:
-            raise ValueError(f"vocab: expected 1 to {shards * width}, got {self.vocab}")
-        if self.softcap is not None:
-            logits_CV = self.softcap * jnp.tanh(logits_CV / self.softcap)
-        if self.vocab is None:
-            return logits_CV
-        first = 0 if self.axis_name is None else lax.axis_index(self.axis_name) * width
-        ids = first + lax.broadcasted_iota(jnp.int32, logits_CV.shape, logits_CV.ndim - 1)
-        return jnp.where(ids < self.vocab, logits_CV, -jnp.inf)
-
-    def logits(self, hidden: jax.Array, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.finish(product(hidden.astype(dtype), head.astype(dtype).T))
-
-
-@dataclass(frozen=True)
-class _UldToHead:
-    teacher: _Head
-    dtype: jnp.dtype
-    method: str
-
-    def __call__(self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple) -> jax.Array:
-        head_UE, student_temp, teacher_temp = constants
-        teacher_CU = self.teacher.logits(hidden_C, head_UE, self.dtype)
-        axis_name = self.teacher.axis_name
-        shards = 1 if axis_name is None else lax.axis_size(axis_name)
-        widths = (shards * x.shape[-1] for x in (logits_CV, teacher_CU))
-        method = resolve_method(self.method, *widths)
-        return distance(logits_CV / student_temp, teacher_CU / teacher_temp, method, axis_name)
-
-
-@dataclass(frozen=True)
-class _UldToSorted:
-    method: str
-
-    def __call__(
-        self,
-        logits_CV: jax.Array,
-        signal_C: tuple[jax.Array, jax.Array | None],
-        student_temp: ArrayLike,
-    ) -> jax.Array:
-        probs_CK, tail_C = signal_C
-        options = {"student_temperature": student_temp, "method": self.method}
-        if tail_C is None:
-            return uld_to_sorted(logits_CV, probs_CK, **options)
-        return truncated_uld(logits_CV, probs_CK, tail_C, **options)[0]
-
-
-@dataclass(frozen=True)
 class _Divergence:
-    teacher: _Head
+    teacher: Head
     dtype: jnp.dtype
     name: str
 
-    def __call__(self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple) -> jax.Array:
+    def __call__(
+        self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple, student_temp: ArrayLike
+    ) -> jax.Array:
         head_UE, options = constants
         teacher_CU = self.teacher.logits(hidden_C, head_UE, self.dtype)
-        return DIVERGENCES[self.name](logits_CV, teacher_CU, **options)
+        return DIVERGENCES[self.name](
+            logits_CV, teacher_CU, student_temperature=student_temp, **options
+        )
 
 
 @dataclass(frozen=True)
 class _Objective:
-    """[Σ ce_weights · CE, Σ weights · distance] of a chunk."""
+    """[Σ ce_weights · CE, then Σ weights · distance to each teacher] of a chunk."""
 
-    student: _Head
-    compare: Callable[[jax.Array, Any, Any], jax.Array]
+    student: Head
+    distances: tuple[Callable[[jax.Array, Any, Any, ArrayLike], jax.Array], ...]
 
     def __call__(self, logits_CV: jax.Array, positions: tuple, constants: tuple) -> jax.Array:
-        targets_C, ce_weights_C, weights_C, teacher_C = positions
-        label_smoothing, z_loss, of_teacher = constants
+        targets_C, ce_weights_C, teachers_C = positions
+        label_smoothing, z_loss, student_temp, of_teachers = constants
         logits_CV = self.student.finish(logits_CV)
         ce_C = cross_entropy(
             logits_CV,
@@ -322,13 +359,14 @@ class _Objective:
             z_loss=z_loss,
             axis_name=self.student.axis_name,
         )
-        distance_C = self.compare(logits_CV, teacher_C, of_teacher)
+        losses = [(ce_weights_C, ce_C)]
+        for distance, (weights_C, given_C), fixed in zip(
+            self.distances, teachers_C, of_teachers, strict=True
+        ):
+            losses.append((weights_C, distance(logits_CV, given_C, fixed, student_temp)))
         # A position left out may hold anything: 0 · inf would bring it back.
-        sums = (
-            jnp.where(weight_C != 0, weight_C * loss_C, 0).sum()
-            for weight_C, loss_C in ((ce_weights_C, ce_C), (weights_C, distance_C))
-        )
-        return jnp.stack([*sums]).astype(logits_CV.dtype)
+        sums = [jnp.where(weight_C != 0, weight_C * loss_C, 0).sum() for weight_C, loss_C in losses]
+        return jnp.stack(sums).astype(logits_CV.dtype)
 
 
 def _fused(
@@ -340,22 +378,14 @@ def _fused(
     compute_dtype: DTypeLike | None,
 ) -> FusedLoss:
     hidden, head = student
-    targets, ce_weights, *others = positions
-    _check_shape("student_hidden", hidden, (*targets.shape, head.shape[-1]))
-    _check_shape("ce_weights", ce_weights, targets.shape)
+    targets, ce_weights, teachers = positions
+    check_shape("student_hidden", hidden, (*targets.shape, head.shape[-1]))
+    check_shape("ce_weights", ce_weights, targets.shape)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     size = max(1, min(chunk_size, targets.shape[-1]))
-    chunks = Chunks(objective, size, _dtype(compute_dtype, hidden, head))
-    positions = (jnp.where(ce_weights != 0, targets, 0), ce_weights, *others)
+    chunks = Chunks(objective, size, product_dtype(compute_dtype, hidden, head))
+    positions = (jnp.where(ce_weights != 0, targets, 0), ce_weights, teachers)
     total, parts = chunked_head_loss(chunks, hidden, head, positions, constants)
-    return FusedLoss(total, *lax.stop_gradient(parts))
-
-
-def _check_shape(name: str, array: jax.Array, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {array.shape}")
-
-
-def _dtype(requested: DTypeLike | None, hidden: jax.Array, head: jax.Array) -> jnp.dtype:
-    return jnp.dtype(jnp.result_type(hidden, head) if requested is None else requested)
+    parts = lax.stop_gradient(parts)
+    return FusedLoss(total, parts[0], parts[1:])

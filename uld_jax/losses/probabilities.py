@@ -1,7 +1,7 @@
 """What every loss needs first: scaled logits, softmax over whole or sharded vocabularies."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -111,38 +111,46 @@ def softmax(logits_V: jax.Array, axis_name: str | None = None) -> jax.Array:
     return jnp.exp(logits_V - log_normalizer(logits_V, axis_name))
 
 
-def on_whole_rows(
-    function: Callable[..., jax.Array], axis_name: str
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def on_whole_rows(function: Callable[..., jax.Array], axis_name: str) -> Callable[..., jax.Array]:
     """Lifts a function of whole rows to rows whose vocabulary is sharded.
 
     An all-to-all turns shards of the vocabulary into shards of the rows, so that each device
     computes its share of the rows and none ever holds all of them.
 
     Args:
-        function: ([r, V], [r, U]) -> [r].
-        axis_name: the mapped axis that both vocabularies are sharded over.
+        function: (*sharded [r, V], *whole [r, ...]) -> [r].
+        axis_name: the mapped axis that vocabularies are sharded over.
 
     Returns:
-        ([*b, V / n], [*b, U / n]) -> [*b], the same on every shard.
+        (sharded, whole=()) -> [*b], the same on every shard: a sequence of [*b, V / n], and one of
+        arrays [*b, ...] that every device has whole.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> total = on_whole_rows(lambda x, y: x.sum(1) + y.sum(1), "shard")
-        >>> jax.vmap(total, axis_name="shard")(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5))).tolist()
+        >>> shards = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5))
+        >>> jax.vmap(lambda *xs: total(xs), axis_name="shard")(*shards).tolist()
         [[18.0, 18.0, 18.0], [18.0, 18.0, 18.0]]
     """
 
-    def lifted(student: jax.Array, teacher: jax.Array) -> jax.Array:
-        shards, rows = lax.axis_size(axis_name), math.prod(student.shape[:-1])
+    def lifted(sharded: Sequence[jax.Array], whole: Sequence[jax.Array] = ()) -> jax.Array:
+        leading = sharded[0].shape[:-1]
+        shards, rows = lax.axis_size(axis_name), math.prod(leading)
+        share = -(-rows // shards)
+
+        def by_rows(x: jax.Array) -> jax.Array:
+            x = x.reshape(rows, *x.shape[len(leading) :])
+            return jnp.pad(x, [(0, shards * share - rows), *[(0, 0)] * (x.ndim - 1)])
 
         def exchange(x: jax.Array) -> jax.Array:
-            x = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, -rows % shards), (0, 0)))
-            return lax.all_to_all(x, axis_name, split_axis=0, concat_axis=1, tiled=True)
+            return lax.all_to_all(by_rows(x), axis_name, split_axis=0, concat_axis=1, tiled=True)
 
-        own = function(exchange(student), exchange(teacher))
+        def own_rows(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(by_rows(x), lax.axis_index(axis_name) * share, share)
+
+        own = function(*map(exchange, sharded), *map(own_rows, whole))
         every = jnp.zeros((shards, own.size), own.dtype).at[lax.axis_index(axis_name)].set(own)
-        return lax.psum(every, axis_name).reshape(-1)[:rows].reshape(student.shape[:-1])
+        return lax.psum(every, axis_name).reshape(-1)[:rows].reshape(leading)
 
     return lifted
 

@@ -7,6 +7,7 @@ vocabulary that the devices do not divide is padded with entries of probability 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from uld_jax.losses.fused import FusedLoss, fused_uld_cross_entropy
+from uld_jax.losses.fused import FusedLoss, fused_teachers_cross_entropy
 from uld_jax.losses.probabilities import scaled
+from uld_jax.losses.teachers import HeadTeacher, Teacher
 from uld_jax.losses.uld import distance, resolve_method
 
 __all__ = ["sharded_uld", "sharded_uld_cross_entropy", "vocab_parallel_uld"]
@@ -120,18 +122,16 @@ def sharded_uld(
 def sharded_uld_cross_entropy(
     student_hidden: jax.Array,
     student_head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teachers: Sequence[Teacher],
     targets: jax.Array,
     *,
     ce_weights: jax.Array,
-    uld_weights: jax.Array,
     mesh: Mesh | AbstractMesh,
     vocab_axis: str | None = "tensor",
     batch_axes: str | Sequence[str] | None = None,
     **options: Any,
 ) -> FusedLoss:
-    """`fused_uld_cross_entropy` of global arrays, each device with its own rows and vocabulary.
+    """`fused_teachers_cross_entropy` of global arrays, by device its own rows and vocabulary.
 
     Every device goes through its own positions in chunks; one sum over `batch_axes` at the end
     (not one a chunk) makes the head's gradient.
@@ -139,56 +139,75 @@ def sharded_uld_cross_entropy(
     Args:
         student_hidden: [B, *b, N, D], the first axis over `batch_axes`.
         student_head: [V, D], rows over `vocab_axis`, which need not divide them.
-        teacher_hidden: [B, *b, N, E].
-        teacher_head: [U, E].
+        teachers: hidden states, probabilities and weights [B, *b, N, ...] over `batch_axes`; heads
+            [U, E] over `vocab_axis`.
         targets: i32[B, *b, N].
         ce_weights: f32[B, *b, N].
-        uld_weights: f32[B, *b, N].
         mesh: the device mesh.
-        vocab_axis: the mesh axis of both vocabularies; None where each device has them whole.
+        vocab_axis: the mesh axis of the vocabularies; None where each device has them whole.
         batch_axes: the mesh axes of the batch, if any.
-        **options: of `fused_uld_cross_entropy`, such as temperatures, chunk_size and method.
+        **options: of `fused_teachers_cross_entropy`, such as chunk_size and method.
 
     Returns:
-        The total and its two parts, summed over the mesh.
+        The total and its parts, summed over the mesh.
 
     Raises:
-        ValueError: as `fused_uld_cross_entropy`.
+        ValueError: as `fused_teachers_cross_entropy`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from uld_jax.losses import sharded_uld_cross_entropy
+        >>> from uld_jax.losses import HeadTeacher, sharded_uld_cross_entropy
         >>> mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> hidden, ones = jnp.zeros((1, 3, 2)), jnp.ones((1, 3))
         >>> loss = sharded_uld_cross_entropy(
-        ...     hidden, jnp.zeros((4, 2)), hidden, jnp.zeros((8, 2)), jnp.array([[0, 1, 2]]),
-        ...     ce_weights=ones / 3, uld_weights=1.5 * ones / 3, mesh=mesh)
+        ...     hidden, jnp.zeros((4, 2)), [HeadTeacher(hidden, jnp.zeros((8, 2)), 1.5 * ones / 3)],
+        ...     jnp.array([[0, 1, 2]]), ce_weights=ones / 3, mesh=mesh)
         >>> round(float(loss.total), 4)
         2.8863
     """
     shards = 1 if vocab_axis is None else mesh.shape[vocab_axis]
     axis_name = vocab_axis if shards > 1 else None
-    for side, array in (("student", student_head), ("teacher", teacher_head)):
-        if array.shape[0] % shards and options.get(f"{side}_vocab") is None:
-            options[f"{side}_vocab"] = array.shape[0]
+    if student_head.shape[0] % shards and options.get("student_vocab") is None:
+        options["student_vocab"] = student_head.shape[0]
+    batch, vocab = PartitionSpec(batch_axes), PartitionSpec(axis_name)
 
     def by_shard(arrays: dict[str, Any]) -> FusedLoss:
-        loss = fused_uld_cross_entropy(**arrays, **options, axis_name=axis_name)
+        loss = fused_teachers_cross_entropy(**arrays, **options, axis_name=axis_name)
         return lax.psum(loss, batch_axes) if batch_axes else loss
 
-    arrays: dict[str, Any] = {
+    divided = [_divide(teacher, shards, batch, vocab) for teacher in teachers]
+    arrays = {
         "student_hidden": student_hidden,
         "student_head": _pad(student_head, 0, shards, 0),
-        "teacher_hidden": teacher_hidden,
-        "teacher_head": _pad(teacher_head, 0, shards, 0),
+        "teachers": [teacher for teacher, _ in divided],
         "targets": targets,
         "ce_weights": ce_weights,
-        "uld_weights": uld_weights,
     }
     specs = {
-        name: PartitionSpec(axis_name if name.endswith("head") else batch_axes) for name in arrays
+        "student_hidden": batch,
+        "student_head": vocab,
+        "teachers": [spec for _, spec in divided],
+        "targets": batch,
+        "ce_weights": batch,
     }
     return jax.shard_map(by_shard, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec())(arrays)
+
+
+def _divide(
+    teacher: Teacher, shards: int, batch: PartitionSpec, vocab: PartitionSpec
+) -> tuple[Teacher, Teacher]:
+    """The teacher with a head that so many shards divide, and where each of its arrays lies."""
+    if isinstance(teacher, HeadTeacher):
+        rows = teacher.head.shape[0]
+        teacher = replace(
+            teacher,
+            head=_pad(teacher.head, 0, shards, 0),
+            temperature=jnp.asarray(teacher.temperature),
+            vocab=rows if rows % shards and teacher.vocab is None else teacher.vocab,
+        )
+        spec = jax.tree.map(lambda _: batch, teacher)
+        return teacher, replace(spec, head=vocab, temperature=PartitionSpec())
+    return teacher, jax.tree.map(lambda _: batch, teacher)
 
 
 def _pad(x: jax.Array, axis: int, multiple: int, value: float) -> jax.Array:

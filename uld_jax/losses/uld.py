@@ -189,7 +189,7 @@ def distance(
     by_sorting = partial(sort_distance, of_logits=True)
     if axis_name is None:
         return by_sorting(student_logits_V, teacher_logits_U)
-    return on_whole_rows(by_sorting, axis_name)(student_logits_V, teacher_logits_U)
+    return on_whole_rows(by_sorting, axis_name)((student_logits_V, teacher_logits_U))
 
 
 _compiled = jax.jit(distance, static_argnames=("method", "axis_name"))
