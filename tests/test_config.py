@@ -150,6 +150,7 @@ UNSOUND = {
     "teacher.remat": "all",
     "teacher.shots": -1,
     "teacher.chat": "yes",
+    "teacher.share": 0.0,
     "teacher.max_length": 0,
     "teacher.mode": "offline",
     "teacher.quantize": "int2",

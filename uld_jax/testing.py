@@ -189,7 +189,7 @@ def tiny_model(
     return LoadedModel(model_class(sized)(sized, rngs=nnx.Rngs(seed)), tokenizer, sized)
 
 
-def toy_batch(*, rows: int = 8, groups: int = 1, micro_batches: int = 1) -> dict[str, np.ndarray]:
+def toy_batch(*, rows: int = 8, groups: int = 1, micro_batches: int = 1) -> dict[str, Any]:
     """A batch of made-up tokens for `tiny_config` (V 64) and `tiny_gemma` (U 96).
 
     Args:
@@ -214,14 +214,14 @@ def toy_batch(*, rows: int = 8, groups: int = 1, micro_batches: int = 1) -> dict
         Pair(
             str(row),
             encoded(64, int(rng.integers(10, 16)), int(rng.integers(2, 5))),
-            encoded(96, int(rng.integers(12, 20)), int(rng.integers(1, 6))),
+            (encoded(96, int(rng.integers(12, 20)), int(rng.integers(1, 6))),),
         )
         for row in range(rows)
     ]
     return collate(
         pairs,
         student_length=16,
-        teacher_length=20,
+        teacher_lengths=[20],
         positions=4 * rows // (groups * micro_batches),
         micro_batches=micro_batches,
         groups=groups,

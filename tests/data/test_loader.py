@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ def make_pairs(count, seed=0):
             prompt, answer = rng.integers(2, longest), rng.integers(1, 9)
             tokens = np.full(prompt + answer, base + number, np.int32)
             sides.append(Encoded(tokens, np.arange(prompt, prompt + answer, dtype=np.int32)))
-        pairs.append(Pair(str(number), *sides))
+        pairs.append(Pair(str(number), sides[0], (sides[1],)))
     return pairs
 
 
@@ -36,6 +37,11 @@ def batches(made):
     return list(made.iterator())
 
 
+def teacher_of(batch):
+    (teacher,) = batch["teachers"]
+    return teacher
+
+
 def numbers(batch):
     first = batch["student_tokens"][..., 0]
     return (first[first > 0] - 1000).tolist()
@@ -43,10 +49,7 @@ def numbers(batch):
 
 def assert_same(left, right):
     assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 @pytest.mark.parametrize("buckets", [1, 3])
@@ -76,15 +79,15 @@ def test_one_shape_a_bucket_and_no_larger_than_needed(buckets):
     assert len(made.shapes) == buckets
     needed = {}
     for batch in batches(made):
-        t, s = (batch[f"{side}_tokens"].shape[-1] for side in ("student", "teacher"))
+        lengths = batch["student_tokens"].shape[-1], teacher_of(batch)["tokens"].shape[-1]
         n = batch["targets"].shape[-1]
-        shape = next(x for x in made.shapes if (x.student_length, x.teacher_length) == (t, s))
+        shape = next(x for x in made.shapes if x.lengths == lengths)
         assert shape.positions == n
         most = int(batch["ce_weight"].sum(axis=-1).max())
         needed[shape] = max(needed.get(shape, 0), most)
     for shape, most in needed.items():
         assert shape.positions == -(-most // 4) * 4
-        assert shape.student_length % 8 == shape.teacher_length % 8 == 0
+        assert [length % 8 for length in shape.lengths] == [0, 0]
     longest = max(len(pair.student.tokens) for pair in PAIRS)
     assert max(shape.student_length for shape in made.shapes) == -(-longest // 8) * 8
 
@@ -92,7 +95,7 @@ def test_one_shape_a_bucket_and_no_larger_than_needed(buckets):
 def test_buckets_save_padding():
     def padding(buckets):
         made = batches(loader(buckets=buckets, epochs=1, length_multiple=1))
-        return sum((batch["teacher_segment_ids"] == 0).sum() for batch in made)
+        return sum((teacher_of(batch)["segment_ids"] == 0).sum() for batch in made)
 
     assert padding(3) < padding(1)
 
@@ -111,7 +114,7 @@ def test_assign_buckets():
 def test_leftovers_are_merged_where_that_saves_batches():
     short, long = make_pairs(3), make_pairs(3, seed=7)
     tokens, answer = np.full(90, 4, np.int32), np.array([80, 81])
-    long = [Pair(pair.id, Encoded(tokens, answer), Encoded(tokens, answer)) for pair in long]
+    long = [Pair(pair.id, Encoded(tokens, answer), (Encoded(tokens, answer),)) for pair in long]
     made = make_loader(short + long, batch_size=8, epochs=1, seed=0, buckets=2)
     assert (len(made.shapes), len(made)) == (2, 1)
     (batch,) = batches(made)
@@ -121,7 +124,7 @@ def test_leftovers_are_merged_where_that_saves_batches():
     wide = Encoded(np.full(100, 4, np.int32), answer)
     narrow = Encoded(np.full(3, 4, np.int32), np.array([2]))
     made = make_loader(
-        [Pair("wide", wide, narrow), *long], batch_size=8, epochs=1, seed=0, buckets=2
+        [Pair("wide", wide, (narrow,)), *long], batch_size=8, epochs=1, seed=0, buckets=2
     )
     assert (len(made.shapes), len(made)) == (2, 2)
 
@@ -133,7 +136,7 @@ def test_padding_at_the_epochs_end_weighs_nothing():
     np.testing.assert_array_equal(real.reshape(-1), [True] * 5 + [False] * 3)
     assert last["ce_weight"].sum() == sum(len(PAIRS[n].student.answer) for n in numbers(last))
     assert not last["ce_weight"][1, 1].any()
-    assert not last["uld_weight"][1, 1].any()
+    assert not teacher_of(last)["uld_weight"][1, 1].any()
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
@@ -152,7 +155,7 @@ def test_processes_make_their_own_groups(process_count):
     ]
     assert all(shard.shapes == whole.shapes for shard in shards)
     joined = [
-        {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+        jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
         for parts in zip(*map(batches, shards), strict=True)
     ]
     assert_same(joined, batches(whole))
@@ -178,13 +181,13 @@ def test_options_reach_the_batch():
     made = loader(convention="official", skip_student_eos=False, student_pad_id=3, teacher_pad_id=4)
     batch = batches(made)[0]
     assert (batch["student_tokens"][batch["student_segment_ids"] == 0] == 3).all()
-    assert (batch["teacher_tokens"][batch["teacher_segment_ids"] == 0] == 4).all()
-    assert batch["uld_weight"].sum() == pytest.approx(8)
+    assert (teacher_of(batch)["tokens"][teacher_of(batch)["segment_ids"] == 0] == 4).all()
+    assert teacher_of(batch)["uld_weight"].sum() == pytest.approx(8)
     lengths = [
-        min(len(PAIRS[n].student.answer), len(PAIRS[n].teacher.answer))
+        min(len(PAIRS[n].student.answer), len(PAIRS[n].teachers[0].answer))
         for n in (batch["student_tokens"][..., 0].ravel() - 1000)
     ]
-    assert (batch["uld_weight"] > 0).sum() == sum(lengths)
+    assert (teacher_of(batch)["uld_weight"] > 0).sum() == sum(lengths)
 
 
 def test_leaving_early_is_quiet():
@@ -193,7 +196,7 @@ def test_leaving_early_is_quiet():
         "import numpy as np\n"
         "from uld_jax.data import Encoded, Pair, make_loader\n"
         "e = Encoded(np.arange(4, dtype=np.int32), np.array([2, 3]))\n"
-        "pairs = [Pair(str(i), e, e) for i in range(64)]\n"
+        "pairs = [Pair(str(i), e, (e,)) for i in range(64)]\n"
         "it = make_loader(pairs, batch_size=2, epochs=2, seed=0).iterator()\n"
         "next(it)\n"
     )
@@ -239,18 +242,18 @@ def test_prompts_of_an_encoder_have_their_own_padded_length():
         answer = np.concatenate([[0], side.tokens[start:]]).astype(np.int32)
         return Encoded(answer, np.arange(1, len(answer), dtype=np.int32), side.tokens[:start])
 
-    pairs = [Pair(pair.id, apart(pair.student), pair.teacher) for pair in PAIRS]
+    pairs = [Pair(pair.id, apart(pair.student), pair.teachers) for pair in PAIRS]
     made = loader(pairs, buckets=2, length_multiple=4)
     for batch in batches(made):
         shape = next(
             s
             for s in made.shapes
-            if batch["teacher_tokens"].shape[-1] == s.teacher_length
+            if teacher_of(batch)["tokens"].shape[-1] == s.teacher_lengths[0]
             and batch["student_encoder_tokens"].shape[-1] == s.student_encoder_length
         )
         assert batch["student_tokens"].shape[-1] == shape.student_length
-        assert shape.teacher_encoder_length == 0
-        assert "teacher_encoder_tokens" not in batch
+        assert shape.teacher_encoder_lengths == (0,)
+        assert "encoder_tokens" not in teacher_of(batch)
         assert (
             batch["student_encoder_segment_ids"].any(-1) == (batch["student_segment_ids"].any(-1))
         ).all()

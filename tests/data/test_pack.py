@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from uld_jax.data import SignalStore, SignalWriter, truncate_signal
 from uld_jax.data.pack import collate
 from uld_jax.data.tokenize import Encoded, Pair
+from uld_jax.errors import UserError
 
 ids = itertools.count()
 
@@ -18,13 +20,13 @@ def encoded(prompt, answer, base):
 
 def pair(student, teacher):
     number = next(ids)
-    return Pair(str(number), encoded(*student, base=100), encoded(*teacher, base=500))
+    return Pair(str(number), encoded(*student, base=100), (encoded(*teacher, base=500),))
 
 
 def pack(pairs, **changes):
     options = {
         "student_length": 8,
-        "teacher_length": 10,
+        "teacher_lengths": [10],
         "positions": 12,
         "micro_batches": 1,
         "groups": 1,
@@ -34,7 +36,9 @@ def pack(pairs, **changes):
         "student_pad_id": 7,
         "teacher_pad_id": 9,
     }
-    return collate(pairs, **(options | changes))
+    batch = collate(pairs, **(options | changes))
+    (teacher,) = batch.pop("teachers")
+    return batch | {f"teacher_{name}": array for name, array in teacher.items()}
 
 
 def test_a_batch_by_hand():
@@ -52,7 +56,7 @@ def test_a_batch_by_hand():
         "targets": [[102, 103, 104, 101, 102, 0]],
         "ce_weight": [[1, 1, 1, 1, 1, 0]],
         "teacher_index": [[3, 4, 0, 12, 0, 0]],
-        "uld_weight": [[1, 1, 0, 1, 0, 0]],
+        "teacher_uld_weight": [[1, 1, 0, 1, 0, 0]],
     }
     assert batch.keys() == expected.keys()
     for name, value in expected.items():
@@ -64,9 +68,11 @@ def test_a_batch_by_hand():
 def test_official_weights_make_the_mean_of_row_means():
     pairs = [pair((2, 4), (2, 3)), pair((1, 2), (3, 4)), pair((2, 1), (2, 2)), None]
     batch = pack(pairs, convention="official", skip_student_eos=True)
-    np.testing.assert_allclose(batch["uld_weight"][0, 0], [1 / 3] * 3 + [0, 1] + [0] * 7, rtol=1e-6)
+    np.testing.assert_allclose(
+        batch["teacher_uld_weight"][0, 0], [1 / 3] * 3 + [0, 1] + [0] * 7, rtol=1e-6
+    )
     distance = np.random.default_rng(0).random(12)
-    mean = (batch["uld_weight"] * distance).sum() / batch["uld_weight"].sum()
+    mean = (batch["teacher_uld_weight"] * distance).sum() / batch["teacher_uld_weight"].sum()
     assert mean == pytest.approx((distance[:3].mean() + distance[4]) / 2)
 
 
@@ -111,13 +117,14 @@ def test_indices_point_at_the_predicting_state_of_their_own_group(pairs, cut, sk
         np.testing.assert_array_equal(
             student[batch["student_index"][m, g][real] + 1], batch["targets"][m, g][real]
         )
-        aligned = batch["uld_weight"][m, g] > 0
+        aligned = batch["teacher_uld_weight"][m, g] > 0
         lengths = [
-            max(0, min(len(p.student.answer) - skip_s, len(p.teacher.answer) - skip_t))
+            max(0, min(len(p.student.answer) - skip_s, len(p.teachers[0].answer) - skip_t))
             for p in mine
         ]
         expected = [
-            p.teacher.tokens[p.teacher.answer[:n]] for p, n in zip(mine, lengths, strict=True)
+            p.teachers[0].tokens[p.teachers[0].answer[:n]]
+            for p, n in zip(mine, lengths, strict=True)
         ]
         found = blocks["teacher"][m, g][batch["teacher_index"][m, g][aligned] + 1]
         np.testing.assert_array_equal(found, np.concatenate([*expected, np.empty(0)]))
@@ -127,10 +134,10 @@ def test_indices_point_at_the_predicting_state_of_their_own_group(pairs, cut, sk
 def test_padding_rows_weigh_nothing():
     batch = pack([None, None], micro_batches=2)
     assert batch["student_tokens"].shape == (2, 1, 8)
-    assert batch["uld_weight"].shape == (2, 1, 12)
+    assert batch["teacher_uld_weight"].shape == (2, 1, 12)
     assert (batch["student_tokens"] == 7).all()
     assert (batch["teacher_tokens"] == 9).all()
-    for name in ("ce_weight", "uld_weight", "student_segment_ids", "teacher_segment_ids"):
+    for name in ("ce_weight", "teacher_uld_weight", "student_segment_ids", "teacher_segment_ids"):
         assert not batch[name].any(), name
 
 
@@ -139,7 +146,7 @@ def test_padding_rows_weigh_nothing():
     [
         ({"positions": 2}, "a group has 3 answer positions, expected <= 2"),
         ({"student_length": 4}, "row 0 of student has 5 tokens, expected <= 4"),
-        ({"teacher_length": 5}, "row 0 of teacher has 6 tokens, expected <= 5"),
+        ({"teacher_lengths": [5]}, "row 0 of teacher has 6 tokens, expected <= 5"),
         ({"groups": 2}, "1 rows do not divide into 1 x 2 groups"),
     ],
 )
@@ -158,9 +165,9 @@ def asks(prompt, answer, base):
 
 def test_an_encoder_decoder_batch_by_hand():
     pairs = [
-        Pair("0", asks(3, 2, base=100), encoded(4, 2, base=500)),
+        Pair("0", asks(3, 2, base=100), (encoded(4, 2, base=500),)),
         None,
-        Pair("1", asks(1, 3, base=200), encoded(2, 2, base=600)),
+        Pair("1", asks(1, 3, base=200), (encoded(2, 2, base=600),)),
     ]
     batch = pack(pairs, student_length=4, student_encoder_length=3, positions=6)
     expected = {
@@ -171,7 +178,7 @@ def test_an_encoder_decoder_batch_by_hand():
         "student_index": [[0, 1, 8, 9, 10, 0]],
         "targets": [[101, 102, 201, 202, 203, 0]],
         "teacher_index": [[3, 4, 21, 22, 0, 0]],
-        "uld_weight": [[1, 1, 1, 1, 0, 0]],
+        "teacher_uld_weight": [[1, 1, 1, 1, 0, 0]],
     }
     for name, value in expected.items():
         np.testing.assert_array_equal(batch[name], [value], err_msg=name)
@@ -181,9 +188,70 @@ def test_an_encoder_decoder_batch_by_hand():
 
 
 def test_a_teacher_may_be_an_encoder_decoder():
-    pairs = [Pair("0", encoded(4, 2, base=100), asks(3, 2, base=500))]
-    batch = pack(pairs, teacher_length=4, teacher_encoder_length=4)
+    pairs = [Pair("0", encoded(4, 2, base=100), (asks(3, 2, base=500),))]
+    batch = pack(pairs, teacher_lengths=[4], teacher_encoder_lengths=[4])
     np.testing.assert_array_equal(batch["teacher_encoder_tokens"], [[[550, 551, 552, 9]]])
     np.testing.assert_array_equal(batch["teacher_tokens"], [[[0, 501, 502, 9]]])
     np.testing.assert_array_equal(batch["teacher_index"][0, 0, :2], [0, 1])
     assert "student_encoder_tokens" not in batch
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """Signals of two teachers' answers, of 2 and of 3 positions, in real caches."""
+    stores = []
+    for name, lengths in (("first", {"0": 2, "1": 3}), ("second", {"0": 3, "1": 1})):
+        directory = tmp_path_factory.mktemp(name)
+        settings = {"epsilon": 0.05, "cap": 8, "shard_size": 2}
+        writer = SignalWriter(directory, {}, total=2, **settings)
+        probs = np.sort(np.random.default_rng(len(name)).dirichlet(np.ones(4) / 2, 3))[:, ::-1]
+        nothing = np.zeros(3)
+        signals = {
+            id_: truncate_signal(probs[:n], nothing[:n], nothing[:n], epsilon=0.05, cap=8)
+            for id_, n in lengths.items()
+        }
+        writer.write_shard(0, [*signals.items()])
+        writer.finish()
+        stores.append(SignalStore(directory))
+    return stores
+
+
+def test_signals_stand_where_the_teachers_positions_would(caches):
+    read = encoded(2, 3, base=100), encoded(1, 2, base=200)
+    first, second = {"0": 2, "1": 3}, {"0": 3, "1": 1}
+    pairs = [
+        Pair(id_, student, (encoded(1, first[id_], base=500), encoded(4, second[id_], base=700)))
+        for id_, student in zip("01", read, strict=True)
+    ]
+    options = {
+        "student_length": 8,
+        "positions": 6,
+        "micro_batches": 1,
+        "groups": 1,
+        "convention": "token_mean",
+        "skip_student_eos": False,
+        "skip_teacher_eos": False,
+        "student_pad_id": 0,
+        "teacher_pad_id": 0,
+        "teacher_encoder_lengths": (0, 0),
+    }
+    batch = collate([*pairs, None], teacher_lengths=(0, 8), signals=(caches[0], None), **options)
+    given, tokens = batch["teachers"]
+    assert sorted(given) == ["signal", "uld_weight"]
+    assert sorted(tokens) == ["index", "segment_ids", "tokens", "uld_weight"]
+    np.testing.assert_array_equal(given["uld_weight"], [[[1, 1, 0, 1, 1, 0]]])
+    np.testing.assert_array_equal(tokens["uld_weight"], [[[1, 1, 1, 1, 0, 0]]])
+    signal, width = given["signal"], caches[0].max_count
+    assert signal["probs"].shape == (1, 1, 6, width)
+    for start, id_ in ((0, "0"), (3, "1")):
+        stored = caches[0][id_]
+        for n in range(2):
+            probs = stored.position(n)
+            np.testing.assert_array_equal(signal["probs"][0, 0, start + n, : len(probs)], probs)
+            assert not signal["probs"][0, 0, start + n, len(probs) :].any()
+            assert signal["tail_mass"][0, 0, start + n] == stored.tail_mass[n]
+            assert signal["error"][0, 0, start + n] == stored.error[n] > 0
+    for array in signal.values():
+        assert not array[0, 0, [2, 5]].any()
+    with pytest.raises(UserError, match="example '0' has 3 answer positions, expected 2: it was"):
+        collate(pairs, teacher_lengths=(0, 0), signals=(caches[1], caches[1]), **options)

@@ -123,7 +123,7 @@ def test_tokenizer_without_eos(byte_tokenizer):
 def sides(student_tokenizer, teacher_tokenizer, **teacher):
     student = Side(student_tokenizer, max_length=200, append_eos=True)
     options = {"max_length": 400, "append_eos": False, "shots": 2} | teacher
-    return {"student": student, "teacher": Side(teacher_tokenizer, **options)}
+    return {"student": student, "teachers": [Side(teacher_tokenizer, **options)]}
 
 
 def test_pairs(byte_tokenizer, piece_tokenizer, monkeypatch):
@@ -144,8 +144,8 @@ def test_pairs(byte_tokenizer, piece_tokenizer, monkeypatch):
     assert steps == [4, 4, 2]
     for pair in pairs:
         assert decoded_answer(byte_tokenizer, pair.student) == f" about {pair.id}<|end|>"
-        assert decoded_answer(piece_tokenizer, pair.teacher) == f"about {pair.id}"
-        text = piece_tokenizer.decode(pair.teacher.tokens)
+        assert decoded_answer(piece_tokenizer, pair.teachers[0]) == f"about {pair.id}"
+        text = piece_tokenizer.decode(pair.teachers[0].tokens)
         assert text.count("Question:") == 3
         assert byte_tokenizer.decode(pair.student.tokens).count("Question:") == 1
 
@@ -214,32 +214,32 @@ def test_prompts_of_an_encoder_decoder_are_what_its_encoder_reads(eos_tokenizer)
         examples,
         {e.id: e.answers[0] for e in examples},
         student=side,
-        teacher=Side(eos_tokenizer, 400, append_eos=False),
+        teachers=[Side(eos_tokenizer, 400, append_eos=False)],
     )
     for prompt, pair in zip(tokenize.encode_prompts(examples, side), pairs, strict=True):
         np.testing.assert_array_equal(prompt, pair.student.encoder)
         assert prompt[-1] == eos_tokenizer.eos_token_id
-        assert len(pair.teacher.encoder) == 0
+        assert len(pair.teachers[0].encoder) == 0
 
 
 def test_max_length_counts_encoder_and_decoder_together(eos_tokenizer):
     examples, answers = [example(1)], {"1": "1 people"}
     generous = Side(eos_tokenizer, 400, append_eos=True, start_id=0)
-    (pair,), _ = encode_pairs(examples, answers, student=generous, teacher=generous)
+    (pair,), _ = encode_pairs(examples, answers, student=generous, teachers=[generous])
     exact = pair.student.length
     for limit, kept in ((exact, True), (exact - 1, False)):
         side = Side(eos_tokenizer, limit, append_eos=True, start_id=0)
         if kept:
-            encode_pairs(examples, answers, student=side, teacher=generous)
+            encode_pairs(examples, answers, student=side, teachers=[generous])
         else:
             with pytest.raises(UserError, match="1 over the student's max_length"):
-                encode_pairs(examples, answers, student=side, teacher=generous)
+                encode_pairs(examples, answers, student=side, teachers=[generous])
 
 
 def test_a_blank_answer_of_an_encoder_decoder_is_dropped(eos_tokenizer):
     examples, answers = [example(1), example(2)], {"1": "1 people", "2": " "}
     side = Side(eos_tokenizer, 400, append_eos=True, start_id=0)
-    pairs, dropped = encode_pairs(examples, answers, student=side, teacher=side)
+    pairs, dropped = encode_pairs(examples, answers, student=side, teachers=[side])
     assert ([pair.id for pair in pairs], dropped) == (["1"], Dropped(empty_answer=1))
 
 

@@ -19,6 +19,7 @@ from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.testing import tiny_gemma, tiny_model, tiny_t5
 from uld_jax.train import init_state, make_optimizer, state_shardings, to_mesh, train_step
 from uld_jax.train.state import param_shardings
+from uld_jax.train.step import StepTeacher
 
 EXAMPLES = [
     Example(str(n), "qa", f"Mill {n} grinds {what}.", f"What does mill {n} grind?", (what,), "")
@@ -46,7 +47,7 @@ def setting(request):
         EXAMPLES,
         {e.id: e.answers[0] for e in EXAMPLES},
         student=side_of(student, append_eos=True),
-        teacher=side_of(teacher, append_eos=False),
+        teachers=[side_of(teacher, append_eos=False)],
     )
     return student, teacher, pairs
 
@@ -60,7 +61,9 @@ def one_step(student, teacher, pairs, mesh, micro_batches=1):
     shardings = state_shardings(state, tx, mesh)
     loss = LossConfig(chunk_size=8)
     step = jax.jit(
-        functools.partial(train_step, student=graph, teacher=teacher_graph, tx=tx, loss=loss),
+        functools.partial(
+            train_step, student=graph, teachers=[StepTeacher(teacher_graph)], tx=tx, loss=loss
+        ),
         out_shardings=(shardings, None),
     )
     groups = batch_shards(mesh)
@@ -70,7 +73,7 @@ def one_step(student, teacher, pairs, mesh, micro_batches=1):
     batch = to_mesh(next(loader.iterator()), mesh)
     teacher_params = jax.device_put(teacher_params, param_shardings(teacher_params, mesh))
     with jax.set_mesh(mesh):
-        state, metrics = step(jax.device_put(state, shardings), teacher_params, batch)
+        state, metrics = step(jax.device_put(state, shardings), [teacher_params], batch)
     return metrics, optax.tree.get(state.opt_state, "mu")
 
 
@@ -91,7 +94,7 @@ def test_the_loss_is_that_of_each_text_alone(setting, alone):
     cross_entropies, distances = [], []
     for pair in pairs:
         student_AV = answer_logits(student, pair.student)
-        teacher_AU = answer_logits(teacher, pair.teacher)
+        teacher_AU = answer_logits(teacher, pair.teachers[0])
         targets = jnp.array(pair.student.tokens[pair.student.answer])
         ce_A = optax.softmax_cross_entropy_with_integer_labels(student_AV, targets)
         cross_entropies += ce_A.tolist()

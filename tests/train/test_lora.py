@@ -23,6 +23,7 @@ from uld_jax.train import (
     to_mesh,
     train_step,
 )
+from uld_jax.train.step import StepTeacher
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 STEPS = 6
@@ -59,7 +60,7 @@ class Job:
         fresh = functools.partial(init_state, tx=tx, seed=0)
         self.shardings = state_shardings(jax.eval_shape(fresh, params), tx, self.mesh)
         self.state = jax.jit(fresh, out_shardings=self.shardings)(params)
-        fixed = {"student": self.graph, "teacher": teacher_graph, "tx": tx}
+        fixed = {"student": self.graph, "teachers": [StepTeacher(teacher_graph)], "tx": tx}
         self.compiled = jax.jit(
             functools.partial(train_step, **fixed, loss=LossConfig(chunk_size=8)),
             out_shardings=(self.shardings, None),
@@ -68,7 +69,7 @@ class Job:
 
     def step(self, state):
         with jax.set_mesh(self.mesh):
-            return self.compiled(state, self.teacher, self.batch, self.frozen)
+            return self.compiled(state, [self.teacher], self.batch, self.frozen)
 
     def run(self, state, steps):
         totals = []
@@ -154,6 +155,6 @@ def test_resumes_exactly_from_a_checkpoint_of_adapters(job, trained, tmp_path):
 def test_a_broken_teacher_changes_no_adapter(job):
     broken = jax.tree.map(lambda x: x, job.teacher)
     broken["norm"].set_value(jnp.full_like(job.teacher["norm"][...], jnp.nan))
-    state, metrics = job.compiled(job.state, broken, job.batch, job.frozen)
+    state, metrics = job.compiled(job.state, [broken], job.batch, job.frozen)
     assert int(metrics["skipped_steps"]) == 1
     assert_equal(state.params, job.state.params)

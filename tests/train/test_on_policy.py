@@ -38,7 +38,8 @@ def setting(request):
     teacher = tiny_model(tiny_gemma(kv_heads=2), kind="metaspace", seed=2)
     sides = side_of(student, append_eos=True), side_of(teacher, append_eos=False)
     on_policy = OnPolicy(
-        *sides,
+        sides[0],
+        [sides[1]],
         examples={example.id: example for example in EXAMPLES},
         pool=EXAMPLES,
         seed=0,
@@ -48,7 +49,7 @@ def setting(request):
         stop_ids=models.line_stop_ids(student),
     )
     answers = {example.id: example.answers[0] for example in EXAMPLES}
-    pairs, _ = encode_pairs(EXAMPLES, answers, student=sides[0], teacher=sides[1])
+    pairs, _ = encode_pairs(EXAMPLES, answers, student=sides[0], teachers=[sides[1]])
     # Random bytes are more tokens when they are read again.
     loader = make_loader(pairs, batch_size=BATCH, epochs=2, seed=0, answer_room=4 * TOKENS)
     return student, loader, on_policy
@@ -78,12 +79,15 @@ def test_the_students_answers_stand_in_the_batch(setting):
         key=jax.random.fold_in(jax.random.key(3), 0),
     )
     texts = {id_: first_line(each.text) for id_, each in zip(ids, found, strict=True)}
-    pairs, _ = encode_pairs(examples, texts, student=on_policy.student, teacher=on_policy.teacher)
+    pairs, _ = encode_pairs(examples, texts, student=on_policy.student, teachers=on_policy.teachers)
     for row, pair in zip(chosen, pairs, strict=True):
-        for side in ("student", "teacher"):
-            tokens = arrays[f"{side}_tokens"][0, row]
-            kept = tokens[arrays[f"{side}_segment_ids"][0, row] == 1]
-            np.testing.assert_array_equal(kept, getattr(pair, side).tokens)
+        teacher = arrays["teachers"][0]
+        for tokens, segment_ids, read in (
+            (arrays["student_tokens"], arrays["student_segment_ids"], pair.student),
+            (teacher["tokens"], teacher["segment_ids"], pair.teachers[0]),
+        ):
+            kept = tokens[0, row][segment_ids[0, row] == 1]
+            np.testing.assert_array_equal(kept, read.tokens)
 
 
 def test_they_have_uld_and_no_cross_entropy(setting):
@@ -92,7 +96,7 @@ def test_they_have_uld_and_no_cross_entropy(setting):
     arrays, replaced = everything.batch(student.model, loader, 1, jax.random.key(3))
     ce_rows = arrays["student_index"][0, 0] // arrays["student_tokens"].shape[-1]
     with_ce = np.unique(ce_rows[arrays["ce_weight"][0, 0] > 0])
-    with_uld = np.unique(ce_rows[arrays["uld_weight"][0, 0] > 0])
+    with_uld = np.unique(ce_rows[arrays["teachers"][0]["uld_weight"][0, 0] > 0])
     assert replaced >= 3
     assert len(with_ce) == BATCH - replaced
     assert len(with_uld) == BATCH
@@ -103,8 +107,7 @@ def test_a_batch_depends_on_the_key_and_the_parameters_alone(setting):
     first, _ = on_policy.batch(student.model, loader, 2, jax.random.key(3))
     again, _ = on_policy.batch(student.model, loader, 2, jax.random.key(3))
     other, _ = on_policy.batch(student.model, loader, 2, jax.random.key(4))
-    for name, array in first.items():
-        np.testing.assert_array_equal(array, again[name])
+    jax.tree.map(np.testing.assert_array_equal, first, again)
     assert (first["student_tokens"] != other["student_tokens"]).any()
 
 
@@ -121,5 +124,4 @@ def test_an_answer_without_room_leaves_the_row_as_it_was(setting):
     narrow = make_loader(pairs, batch_size=BATCH, epochs=1, seed=0)
     arrays, replaced = on_policy.batch(student.model, narrow, 0, jax.random.key(3))
     assert replaced == 0
-    for name, array in narrow.collate(0, narrow.rows(0)).items():
-        np.testing.assert_array_equal(array, arrays[name])
+    jax.tree.map(np.testing.assert_array_equal, narrow.collate(0, narrow.rows(0)), arrays)

@@ -1,5 +1,6 @@
 """The train step: the same on every mesh, with and without accumulation, and safe from NaN."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,12 +11,14 @@ import pytest
 from flax import nnx
 
 from uld_jax.config import LossConfig, OptimizerConfig
-from uld_jax.losses import uld
+from uld_jax.losses import sorted_probabilities, uld
 from uld_jax.models import Decoder
 from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.testing import tiny_config, tiny_gemma, toy_batch
 from uld_jax.train import init_state, make_optimizer, state_shardings, to_mesh, train_step
 from uld_jax.train.state import param_shardings
+from uld_jax.train.step import StepTeacher
+from uld_jax.types import SortedSignal, TeacherSignal
 
 LOSS = LossConfig(chunk_size=8)
 
@@ -35,11 +38,13 @@ def make(mesh, *, kv_heads=2, micro_batches=1, loss=LOSS, learning_rate=1e-2):
     state = jax.device_put(state, shardings)
     teacher_params = jax.device_put(teacher_params, param_shardings(teacher_params, mesh))
     step = jax.jit(
-        functools.partial(train_step, student=graph, teacher=teacher_graph, tx=tx, loss=loss),
+        functools.partial(
+            train_step, student=graph, teachers=[StepTeacher(teacher_graph)], tx=tx, loss=loss
+        ),
         out_shardings=(shardings, None),
     )
     batch = to_mesh(toy_batch(groups=batch_shards(mesh), micro_batches=micro_batches), mesh)
-    return state, teacher_params, batch, step, (graph, teacher_graph)
+    return state, [teacher_params], batch, step, (graph, teacher_graph)
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +82,84 @@ def test_accumulation_equals_one_large_batch(micro_batches, alone):
 
 
 def test_loss_equals_the_plain_computation_over_full_logits(alone):
-    state, teacher_params, batch, (graph, teacher_graph), (_, metrics) = alone
+    state, (teacher_params,), batch, (graph, teacher_graph), (_, metrics) = alone
     b = jax.tree.map(lambda x: x[0], batch)
     student_BTV = nnx.merge(graph, state.params)(
         b.student_tokens, segment_ids=b.student_segment_ids
     )
     teacher_BSU = nnx.merge(teacher_graph, teacher_params)(
-        b.teacher_tokens, segment_ids=b.teacher_segment_ids
+        b.teachers[0].tokens, segment_ids=b.teachers[0].segment_ids
     )
     student_NV = student_BTV.reshape(-1, 64)[b.student_index[0]]
-    teacher_NU = teacher_BSU.reshape(-1, 96)[b.teacher_index[0]]
+    teacher_NU = teacher_BSU.reshape(-1, 96)[b.teachers[0].index[0]]
     ce_N = optax.softmax_cross_entropy_with_integer_labels(student_NV, b.targets[0])
     ce = (ce_N * b.ce_weight[0]).sum() / b.ce_weight.sum()
-    distance = (uld(student_NV, teacher_NU) * b.uld_weight[0]).sum() / b.uld_weight.sum()
+    weight_N = b.teachers[0].uld_weight[0]
+    distance = (uld(student_NV, teacher_NU) * weight_N).sum() / weight_N.sum()
     np.testing.assert_allclose(metrics["cross_entropy"], ce, rtol=1e-5)
     np.testing.assert_allclose(metrics["uld"], distance, rtol=1e-5)
     np.testing.assert_allclose(metrics["total"], ce + 1.5 * distance, rtol=1e-5)
+
+
+def signal_of(batch, graph, params, known=None):
+    """The batch with the teacher's sorted probabilities in place of its tokens."""
+    (given,) = batch.teachers
+    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in given.inputs.items()}
+    teacher_BSU = nnx.merge(graph, params)(flat.pop("tokens_BT"), **flat)
+    rows = teacher_BSU.reshape(*given.index.shape[:2], -1, teacher_BSU.shape[-1])
+    logits = jnp.take_along_axis(rows, given.index[..., None], axis=2)
+    probs = sorted_probabilities(logits)
+    tail = probs[..., known:].sum(-1) if known else jnp.zeros(probs.shape[:-1])
+    signal = SortedSignal(probs[..., :known], tail, 1.5 * tail)
+    return dataclasses.replace(batch, teachers=(TeacherSignal(given.uld_weight, signal),))
+
+
+@pytest.fixture(scope="module")
+def from_signals(alone):
+    """The step of one device on what a cache would hold."""
+    graph = alone[3][0]
+    tx = make_optimizer(
+        OptimizerConfig(learning_rate=1e-2, schedule="constant"), 10, alone[0].params, 2
+    )
+    fixed = {"student": graph, "teachers": [StepTeacher(None)], "tx": tx, "loss": LOSS}
+    return jax.jit(functools.partial(train_step, **fixed))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_whole_signals_take_the_same_step_as_their_teacher(shape, alone, from_signals):
+    mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+    state, (params,), batch, _, (_, teacher_graph) = make(mesh)
+    batch = signal_of(batch, teacher_graph, params)
+    with jax.set_mesh(mesh):
+        result = from_signals(state, [None], batch)
+    assert_same_step(result, alone[-1])
+    assert result[1]["uld_error"] == 0
+
+
+def test_a_cut_signal_is_within_its_certified_error(alone, from_signals):
+    state, (params,), batch, (_, teacher_graph), (_, expected) = alone
+    cut = signal_of(batch, teacher_graph, params, known=20)
+    _, metrics = from_signals(state, [None], cut)
+    difference = abs(metrics["uld"] - expected["uld"])
+    assert 1e-5 < difference <= metrics["uld_error"]
+
+
+def test_several_teachers_are_weighed_by_their_shares(alone, from_signals):
+    state, (params,), batch, (graph, teacher_graph), (_, expected) = alone
+    cut = signal_of(batch, teacher_graph, params, known=20)
+    _, of_cut = from_signals(state, [None], cut)
+    tx = make_optimizer(OptimizerConfig(), 10, state.params, 2)
+    teachers = [StepTeacher(teacher_graph, 0.75), StepTeacher(None, 0.25)]
+    fixed = {"student": graph, "teachers": teachers, "tx": tx, "loss": LOSS}
+    both = dataclasses.replace(batch, teachers=(*batch.teachers, *cut.teachers))
+    _, metrics = jax.jit(functools.partial(train_step, **fixed))(state, [params, None], both)
+    np.testing.assert_allclose(metrics["uld_0"], expected["uld"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["uld_1"], of_cut["uld"], rtol=1e-5)
+    uld = 0.75 * expected["uld"] + 0.25 * of_cut["uld"]
+    np.testing.assert_allclose(metrics["uld"], uld, rtol=1e-5)
+    np.testing.assert_allclose(metrics["uld_error"], 0.25 * of_cut["uld_error"], rtol=1e-5)
+    total = expected["cross_entropy"] + 1.5 * uld
+    np.testing.assert_allclose(metrics["total"], total, rtol=1e-5)
 
 
 def test_the_loss_falls(alone):
@@ -109,9 +176,9 @@ def test_the_loss_falls(alone):
 def test_a_non_finite_step_changes_nothing_and_is_counted(alone):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     state, teacher, batch, step, _ = make(mesh)
-    broken = jax.tree.map(lambda x: x, teacher)
-    broken["embed"].set_value(jnp.full_like(teacher["embed"][...], jnp.nan))
-    after, metrics = step(state, broken, batch)
+    (broken,) = jax.tree.map(lambda x: x, teacher)
+    broken["embed"].set_value(jnp.full_like(broken["embed"][...], jnp.nan))
+    after, metrics = step(state, [broken], batch)
     assert int(metrics["skipped_steps"]) == int(metrics["nonfinite_in_a_row"]) == 1
     for got, want in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True):
         np.testing.assert_array_equal(got, want)

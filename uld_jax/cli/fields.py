@@ -12,10 +12,10 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: Unused.
     """
-    for group in dataclasses.fields(RunConfig):
-        value = getattr(RunConfig(), group.name)
-        print(f"\n{group.name}: {type(value).__doc__}")
+    for group, value in RunConfig().groups().items():
+        print(f"\n{group}: {type(value).__doc__}")
         for field in dataclasses.fields(value):
             kind = field.type if isinstance(field.type, str) else field.type.__name__
             default = getattr(value, field.name)
-            print(f"  --config.{group.name}.{field.name}={default}  ({kind})")
+            print(f"  --config.{group}.{field.name}={default}  ({kind})")
+    print("\nextra_teachers.0, extra_teachers.1, ...: more teachers, with the fields of teacher.")

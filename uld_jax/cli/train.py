@@ -31,7 +31,7 @@ class _Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     student: models.LoadedModel
-    teacher: models.LoadedModel
+    teachers: list[models.LoadedModel]
     train_set: list[Example]
     eval_set: list[Example]
 
@@ -40,8 +40,17 @@ class _Run:
         return compose.side_of(self.config.student, self.student)
 
     @property
-    def teacher_side(self) -> Side:
-        return compose.side_of(self.config.teacher, self.teacher)
+    def teacher_sides(self) -> list[Side]:
+        return [
+            compose.side_of(config, teacher)
+            for config, teacher in zip(self.config.teachers, self.teachers, strict=True)
+        ]
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        """By the path of their config."""
+        names = self.config.teacher_groups()
+        return {"student": self.student_side, **dict(zip(names, self.teacher_sides, strict=True))}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,10 +65,12 @@ def run(args: argparse.Namespace) -> None:
     config = compose.run_config(args)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
-    teacher = compose.load_model("teacher", config.teacher, mesh)
+    teachers = [
+        compose.load_model(name, each, mesh) for name, each in config.teacher_groups().items()
+    ]
     student = compose.load_student(config, None, mesh)
     workdir = Path(args.workdir)
-    job = _Run(config, workdir, mesh, student, teacher, train_set, eval_set)
+    job = _Run(config, workdir, mesh, student, teachers, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
     loader = _loader(job, _gold(job)) if config.data.answers == "gold" else None
     if loader is None:
@@ -76,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_prompts(job: _Run) -> None:
     """Refuses a limit that every prompt is over; reads no further than the first that is not."""
-    for name, side in (("student", job.student_side), ("teacher", job.teacher_side)):
+    for name, side in job.sides.items():
         lengths = (
             len(ids)
             for start in range(0, len(job.train_set), PROMPTS_AT_A_TIME)
@@ -112,9 +123,9 @@ def _ask(job: _Run) -> dict[str, str]:
     config = job.config
     with progress_bar("the teacher answers the training questions", len(job.train_set)) as progress:
         return generate_answers(
-            job.teacher,
+            job.teachers[0],
             job.train_set,
-            job.teacher_side,
+            job.teacher_sides[0],
             pool=job.train_set,
             seed=config.data.seed,
             max_new_tokens=config.teacher.max_new_tokens,
@@ -131,7 +142,7 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
         answered,
         answers,
         student=job.student_side,
-        teacher=job.teacher_side,
+        teachers=job.teacher_sides,
         pool=job.train_set,
         seed=config.data.seed,
     )
@@ -140,7 +151,7 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
             ("with an empty answer", dropped.empty_answer),
             (f"over student.max_length={config.student.max_length}", dropped.too_long_student),
             (
-                f"over teacher.max_length={config.teacher.max_length}",
+                f"over teacher.max_length={', '.join(str(t.max_length) for t in config.teachers)}",
                 dropped.too_long_teacher + len(job.train_set) - len(answered),
             ),
         ]
@@ -158,6 +169,7 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         answer_room=on_policy.answer_room if (on_policy := _on_policy(job)) else 0,
+        signals=[None for _ in job.teachers],
         convention=config.loss.convention,
         skip_student_eos=config.loss.skip_student_eos,
         skip_teacher_eos=config.loss.skip_teacher_eos,
@@ -171,7 +183,7 @@ def _on_policy(job: _Run) -> OnPolicy | None:
         return None
     return OnPolicy(
         job.student_side,
-        job.teacher_side,
+        job.teacher_sides,
         examples={example.id: example for example in job.train_set},
         pool=job.train_set,
         seed=config.data.seed,
@@ -185,9 +197,9 @@ def _on_policy(job: _Run) -> OnPolicy | None:
 def _distil(job: _Run, loader: Loader) -> models.Decoder:
     steps = step_count(loader, job.config)
     shapes = ", ".join(
-        f"{s.student_encoder_length + s.student_length}+"
-        f"{s.teacher_encoder_length + s.teacher_length} tokens, {s.positions} answer positions"
-        for s in loader.shapes
+        f"{'+'.join(str(length) for length in shape.lengths)} tokens, "
+        f"{shape.positions} answer positions"
+        for shape in loader.shapes
     )
     say(f"distilling: {steps} steps; padded sizes: {shapes}")
     with progress_bar("distilling", steps) as progress:
@@ -205,7 +217,7 @@ def _distil(job: _Run, loader: Loader) -> models.Decoder:
 
         return fit(
             job.student.model,
-            job.teacher.model,
+            [teacher.model for teacher in job.teachers],
             loader,
             job.config,
             mesh=job.mesh,

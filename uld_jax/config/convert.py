@@ -2,10 +2,18 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uld_jax.config.schema import FIELDS, GROUPS, RunConfig, type_error
+from uld_jax.config.schema import (
+    EXTRA,
+    FIELDS,
+    GROUPS,
+    RunConfig,
+    TeacherConfig,
+    field_of,
+    type_error,
+)
 from uld_jax.errors import UserError
 
 
@@ -23,9 +31,9 @@ def flatten(config: RunConfig) -> dict[str, Any]:
         8
     """
     return {
-        f"{group}.{field.name}": getattr(getattr(config, group), field.name)
-        for group in GROUPS
-        for field in dataclasses.fields(getattr(config, group))
+        f"{name}.{field.name}": getattr(group, field.name)
+        for name, group in config.groups().items()
+        for field in dataclasses.fields(group)
     }
 
 
@@ -49,20 +57,21 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[Ru
     return _set_all(config, {path: _read(path, value) for path, value in overrides.items()})
 
 
-def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """Turn a config into nested dictionaries that JSON can hold; `from_dict` is the inverse.
 
     Args:
         config: any config.
 
     Returns:
-        group -> field -> value.
+        group -> field -> value; `extra_teachers` is a list of such.
 
     Example:
         >>> to_dict(RunConfig())["mesh"]
         {'data': -1, 'fsdp': 1, 'tensor': 1}
     """
-    return dataclasses.asdict(config)
+    values = dataclasses.asdict(config)
+    return values | {EXTRA[:-1]: [*values[EXTRA[:-1]]]}
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -83,10 +92,15 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """
     flat: dict[str, Any] = {}
     for group, fields in values.items():
-        if group in GROUPS and isinstance(fields, Mapping):
-            flat |= {f"{group}.{name}": value for name, value in fields.items()}
-        else:
-            flat[group] = fields
+        members = {group: fields}
+        if group == EXTRA[:-1] and isinstance(fields, Sequence):
+            members = {f"{EXTRA}{i}": each for i, each in enumerate(fields)}
+        for path, member in members.items():
+            known = path in GROUPS or path.startswith(EXTRA)
+            if known and isinstance(member, Mapping):
+                flat |= {f"{path}.{name}": value for name, value in member.items()}
+            else:
+                flat[path] = member
     config, errors = _set_all(RunConfig(), flat)
     raise_all(errors)
     return config
@@ -108,10 +122,12 @@ def differences(saved: RunConfig, given: RunConfig) -> list[str]:
         ['data.batch_size: 8 in the workdir, 16 given']
     """
     after = flatten(given)
+    before = flatten(saved)
+    absent = "absent"
     return [
-        f"{path}: {value!r} in the workdir, {after[path]!r} given"
-        for path, value in flatten(saved).items()
-        if value != after[path]
+        f"{path}: {before.get(path, absent)!r} in the workdir, {after.get(path, absent)!r} given"
+        for path in before | after
+        if before.get(path, absent) != after.get(path, absent)
     ]
 
 
@@ -134,7 +150,8 @@ def raise_all(errors: list[str]) -> None:
 
 def _read(path: str, value: Any) -> Any:
     """The value that a text on the command line means; the text itself where it means none."""
-    kind: Any = FIELDS[path].type if path in FIELDS else str
+    field = field_of(path)
+    kind: Any = str if field is None else field.type
     if not isinstance(value, str) or kind is str:
         return value
     if kind is bool:
@@ -148,16 +165,34 @@ def _read(path: str, value: Any) -> Any:
 def _set_all(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     errors: list[str] = []
     for path, value in values.items():
-        error = _unknown(path) if path not in FIELDS else type_error(path, value)
-        if error:
+        field = field_of(path)
+        group, _, name = path.rpartition(".")
+        if field is None:
+            errors.append(_unknown(path))
+        elif error := type_error(path, value) or _no_such_teacher(config, group):
             errors.append(error)
-            continue
-        group, name = path.split(".")
-        if FIELDS[path].type is float:
-            value = float(value)
-        changed = dataclasses.replace(getattr(config, group), **{name: value})
-        config = dataclasses.replace(config, **{group: changed})
+        else:
+            config = _set(config, group, {name: float(value) if field.type is float else value})
     return config, errors
+
+
+def _set(config: RunConfig, group: str, change: Mapping[str, Any]) -> RunConfig:
+    """The config with a field of a group changed; the next extra teacher begins with defaults."""
+    if not group.startswith(EXTRA):
+        changed = dataclasses.replace(getattr(config, group), **change)
+        return dataclasses.replace(config, **{group: changed})
+    extra, number = [*config.extra_teachers], int(group.removeprefix(EXTRA))
+    if number == len(extra):
+        extra.append(TeacherConfig())
+    extra[number] = dataclasses.replace(extra[number], **change)
+    return dataclasses.replace(config, extra_teachers=tuple(extra))
+
+
+def _no_such_teacher(config: RunConfig, group: str) -> str | None:
+    count = len(config.extra_teachers)
+    if not group.startswith(EXTRA) or int(group.removeprefix(EXTRA)) <= count:
+        return None
+    return f"{group}: expected the number of an extra teacher or the next, {count}"
 
 
 def _unknown(path: str) -> str:

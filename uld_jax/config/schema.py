@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,7 @@ class TeacherConfig(BaseModelConfig):
     """The teacher: a model, and how its signal and its answers are obtained.
 
     Attributes:
+        share: its part of loss.uld_weight where there are several teachers, over the sum of all.
         mode: online: the teacher runs beside the student.
         quantize: hold its matrices in fewer bits: empty (as loaded) | int8 | int4.
         append_eos: end its answer with its end-of-sequence token.
@@ -103,6 +105,7 @@ class TeacherConfig(BaseModelConfig):
         batch_size: prompts that it answers at a time.
     """
 
+    share: float = _positive(1.0)
     mode: str = _choice("online")
     quantize: str = _field("", "empty, int8 or int4", ("", "int8", "int4").__contains__)
     append_eos: bool = False
@@ -268,6 +271,8 @@ class EvalConfig:
 class RunConfig:
     """Everything that a run needs; each attribute is described in its own class.
 
+    `extra_teachers` are taught from besides `teacher`, which alone writes answers.
+
     Example:
         >>> RunConfig(student=ModelConfig(source="gpt2")).loss.uld_weight
         1.5
@@ -281,18 +286,48 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    extra_teachers: tuple[TeacherConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, group in GROUPS.items():
-            if type(getattr(self, name)) is not group:
-                found = type(getattr(self, name)).__name__
+        if not isinstance(self.extra_teachers, tuple):
+            found = type(self.extra_teachers).__name__
+            raise UserError(
+                f"RunConfig.extra_teachers: expected a tuple, got {found}; "
+                "write extra_teachers=(TeacherConfig(...),)"
+            )
+        for name, value in self.groups().items():
+            group = GROUPS["teacher" if name.startswith(EXTRA) else name]
+            if type(value) is not group:
                 raise UserError(
-                    f"RunConfig.{name}: expected {group.__name__}, got {found}; "
-                    f"write {name}={group.__name__}(...)"
+                    f"RunConfig.{name}: expected {group.__name__}, got {type(value).__name__}; "
+                    f"write {group.__name__}(...)"
                 )
 
+    @property
+    def teachers(self) -> tuple[TeacherConfig, ...]:
+        """All of them, the one that writes answers first."""
+        return (self.teacher, *self.extra_teachers)
 
-GROUPS: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(RunConfig)}
+    def teacher_groups(self) -> dict[str, TeacherConfig]:
+        """The same by their path."""
+        return {name: group for name, group in self.groups().items() if "teacher" in name}
+
+    @property
+    def teacher_shares(self) -> tuple[float, ...]:
+        """Each teacher's part of loss.uld_weight; they add up to 1."""
+        total = sum(teacher.share for teacher in self.teachers)
+        return tuple(teacher.share / total for teacher in self.teachers)
+
+    def groups(self) -> dict[str, Any]:
+        """The groups of fields by their path, such as "teacher" or "extra_teachers.0"."""
+        extra = {f"{EXTRA}{i}": teacher for i, teacher in enumerate(self.extra_teachers)}
+        return {name: getattr(self, name) for name in GROUPS} | extra
+
+
+EXTRA = "extra_teachers."
+GROUPS: dict[str, Any] = {
+    group.name: group.type for group in dataclasses.fields(RunConfig) if group.name != EXTRA[:-1]
+}
 FIELDS: dict[str, dataclasses.Field[Any]] = {
     f"{name}.{field.name}": field
     for name, group in GROUPS.items()
@@ -300,11 +335,27 @@ FIELDS: dict[str, dataclasses.Field[Any]] = {
 }
 
 
+def field_of(path: str) -> dataclasses.Field[Any] | None:
+    """The field that a dotted path names.
+
+    Args:
+        path: such as "data.batch_size" or "extra_teachers.0.source".
+
+    Returns:
+        The field, or None where there is none.
+
+    Example:
+        >>> field_of("extra_teachers.0.source") is field_of("teacher.source")
+        True
+    """
+    return FIELDS.get(re.sub(rf"^{re.escape(EXTRA)}\d+\.", "teacher.", path))
+
+
 def type_error(path: str, value: Any) -> str | None:
     """Check a value against the type of its field, as JSON has it: an int may stand for a float.
 
     Args:
-        path: a key of `FIELDS`.
+        path: of a field.
         value: what was given for it.
 
     Returns:
@@ -314,7 +365,7 @@ def type_error(path: str, value: Any) -> str | None:
         >>> type_error("data.batch_size", "many")
         "data.batch_size: expected int, got 'many'"
     """
-    kind: Any = FIELDS[path].type
+    kind: Any = _existing(path).type
     allowed = (int, float) if kind is float else (kind,)
     if type(value) in allowed:
         return None
@@ -325,7 +376,7 @@ def value_error(path: str, value: Any) -> str | None:
     """Check a value against the type of its field and the rule that stands beside its default.
 
     Args:
-        path: a key of `FIELDS`.
+        path: of a field.
         value: what was given for it.
 
     Returns:
@@ -335,7 +386,7 @@ def value_error(path: str, value: Any) -> str | None:
         >>> value_error("mesh.fsdp", 0)
         'mesh.fsdp: expected an integer >= 1, or -1, got 0; set --config.mesh.fsdp=1 (the default)'
     """
-    field = FIELDS[path]
+    field = _existing(path)
     if error := type_error(path, value):
         return error
     if "check" not in field.metadata or field.metadata["check"](value):
@@ -346,3 +397,10 @@ def value_error(path: str, value: Any) -> str | None:
         else f"--config.{path}=..."
     )
     return f"{path}: expected {field.metadata['expected']}, got {value!r}; set {mend}"
+
+
+def _existing(path: str) -> dataclasses.Field[Any]:
+    field = field_of(path)
+    if field is None:
+        raise KeyError(path)
+    return field

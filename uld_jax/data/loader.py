@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uld_jax.data.pack import collate
+from uld_jax.data.signal_store import SignalStore
 from uld_jax.data.tokenize import Pair
 from uld_jax.errors import UserError
 
@@ -24,17 +25,23 @@ class BatchShape:
 
     Attributes:
         student_length: T.
-        teacher_length: S.
+        teacher_lengths: S of each teacher, 0 where a cache stands for it.
         positions: N, answer positions of a group.
         student_encoder_length: Tokens of the student's encoder, 0 where it has none.
-        teacher_encoder_length: The teacher's.
+        teacher_encoder_lengths: The teachers'.
     """
 
     student_length: int
-    teacher_length: int
+    teacher_lengths: tuple[int, ...]
     positions: int
     student_encoder_length: int = 0
-    teacher_encoder_length: int = 0
+    teacher_encoder_lengths: tuple[int, ...] = (0,)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a row, encoder and decoder together, of the student and of each teacher."""
+        teachers = zip(self.teacher_lengths, self.teacher_encoder_lengths, strict=True)
+        return self.student_length + self.student_encoder_length, *(sum(t) for t in teachers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,10 +96,10 @@ class Loader:
     def __len__(self) -> int:
         return len(self._plan)
 
-    def __iter__(self) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    def __iter__(self) -> "grain.DatasetIterator[dict[str, Any]]":
         return self.iterator()
 
-    def iterator(self) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    def iterator(self) -> "grain.DatasetIterator[dict[str, Any]]":
         """Return a new iterator over the batches of all epochs (see `pack.collate`).
 
         Its get_state() is a dict that json.dumps takes; set_state() continues after the batch
@@ -134,10 +141,13 @@ class Loader:
         return (
             len(pair.student.answer) <= self._answer_room
             and len(pair.student.tokens) <= shape.student_length
-            and len(pair.teacher.tokens) <= shape.teacher_length
+            and all(
+                len(read.tokens) <= length
+                for read, length in zip(pair.teachers, shape.teacher_lengths, strict=True)
+            )
         )
 
-    def collate(self, batch: int, rows: Sequence[Pair | None]) -> dict[str, np.ndarray]:
+    def collate(self, batch: int, rows: Sequence[Pair | None]) -> dict[str, Any]:
         """One batch's arrays with other pairs in its rows, in the same padded sizes.
 
         Args:
@@ -158,7 +168,7 @@ class Loader:
             **self._collate_options,
         )
 
-    def _collate(self, batch: int) -> dict[str, np.ndarray]:
+    def _collate(self, batch: int) -> dict[str, Any]:
         return self.collate(batch, self.rows(batch))
 
 
@@ -176,6 +186,7 @@ def make_loader(
     answer_room: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    signals: Sequence[SignalStore | None] = (None,),
     convention: str = "token_mean",
     skip_student_eos: bool = True,
     skip_teacher_eos: bool = False,
@@ -198,14 +209,16 @@ def make_loader(
         groups: G, data-parallel shards.
         buckets: Number of length buckets, at most.
         position_multiple: N is rounded up to a multiple of this.
-        length_multiple: T and S are rounded up to a multiple of this.
+        length_multiple: Rows' lengths are rounded up to a multiple of this.
         answer_room: Every row has room for an answer of so many tokens in place of its own, for
             answers that are written during training.
         process_index: This process; it makes only its own groups of each micro-batch.
         process_count: Number of processes.
+        signals: For each teacher its cache, or None: a cache is read row by row, and the teacher's
+            tokens are left out of the batches.
         convention: See `pack.collate`, as are the arguments below.
         skip_student_eos: Leave the student's last answer token out of the alignment.
-        skip_teacher_eos: Leave the teacher's last answer token out of the alignment.
+        skip_teacher_eos: Leave a teacher's last answer token out of the alignment.
         student_pad_id: Fills up student rows.
         teacher_pad_id: Fills up teacher rows.
 
@@ -216,14 +229,7 @@ def make_loader(
         UserError: There are no pairs, or the sizes do not divide.
     """
     _check(pairs, batch_size, epochs, buckets, micro_batches, groups, process_count)
-    sides = [(pair.student, pair.teacher) for pair in pairs]
-    lengths = np.array(
-        [
-            [len(s.tokens) + max(answer_room - len(s.answer), 0) for s in both]
-            + [len(s.encoder) for s in both]
-            for both in sides
-        ]
-    )
+    lengths = np.array([_row_lengths(pair, answer_room, signals) for pair in pairs])
     answer_lengths = np.array([max(len(pair.student.answer), answer_room) for pair in pairs])
     bucket_of = assign_buckets(lengths.sum(axis=1), buckets)
     sizes = np.stack([lengths[bucket_of == b].max(axis=0) for b in range(bucket_of.max() + 1)])
@@ -234,12 +240,21 @@ def make_loader(
     ]
     positions = _positions(plan, answer_lengths, len(sizes), micro_batches * groups)
     shapes = tuple(
-        BatchShape(student, teacher, _round_up(most, position_multiple), *encoders)
-        for (student, teacher, *encoders), most in zip(
-            _round_up(sizes, length_multiple).tolist(), positions.tolist(), strict=True
+        BatchShape(
+            size[0][0],
+            tuple(length for length, _ in size[1:]),
+            _round_up(most, position_multiple),
+            size[0][1],
+            tuple(length for _, length in size[1:]),
+        )
+        for size, most in zip(
+            _round_up(sizes, length_multiple).reshape(len(sizes), -1, 2).tolist(),
+            positions.tolist(),
+            strict=True,
         )
     )
     options = {
+        "signals": signals,
         "convention": convention,
         "skip_student_eos": skip_student_eos,
         "skip_teacher_eos": skip_teacher_eos,
@@ -248,6 +263,15 @@ def make_loader(
     }
     layout = _Layout(micro_batches, groups, process_index, process_count)
     return Loader(pairs, plan, shapes, layout, answer_room, options)
+
+
+def _row_lengths(pair: Pair, answer_room: int, signals: Sequence[SignalStore | None]) -> list[int]:
+    """Tokens of the row and of its encoder, of the student and then of each teacher."""
+    lengths = []
+    for read, store in zip((pair.student, *pair.teachers), (None, *signals), strict=True):
+        room = len(read.tokens) + max(answer_room - len(read.answer), 0)
+        lengths += [room, len(read.encoder)] if store is None else [0, 0]
+    return lengths
 
 
 def assign_buckets(costs_P: np.ndarray, buckets: int) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Pairs as the arrays of one training batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from uld_jax.data.align import positional_pairs
+from uld_jax.data.signal import pad_signals
+from uld_jax.data.signal_store import SignalStore
 from uld_jax.data.tokenize import Encoded, Pair
+from uld_jax.errors import UserError
 
 # What each of a row's n aligned positions weighs: the weighted mean is the convention's mean.
 POSITION_WEIGHT: dict[str, Callable[[int], float]] = {
@@ -18,7 +22,7 @@ def collate(
     pairs: Sequence[Pair | None],
     *,
     student_length: int,
-    teacher_length: int,
+    teacher_lengths: Sequence[int],
     positions: int,
     micro_batches: int,
     groups: int,
@@ -28,8 +32,9 @@ def collate(
     student_pad_id: int,
     teacher_pad_id: int,
     student_encoder_length: int = 0,
-    teacher_encoder_length: int = 0,
-) -> dict[str, np.ndarray]:
+    teacher_encoder_lengths: Sequence[int] = (0,),
+    signals: Sequence[SignalStore | None] = (None,),
+) -> dict[str, Any]:
     """Lay pairs out as [micro-batch, row, token] and their answers as [micro-batch, group, N].
 
     B = M·G·r rows: micro-batch m, group g holds the contiguous block of r rows that starts at
@@ -39,7 +44,7 @@ def collate(
     Args:
         pairs: B pairs; None is a row of padding.
         student_length: T, tokens a student row is padded to.
-        teacher_length: S, tokens a teacher row is padded to.
+        teacher_lengths: S of each teacher, tokens one of its rows is padded to.
         positions: N, answer positions a group is padded to.
         micro_batches: M.
         groups: G.
@@ -47,64 +52,83 @@ def collate(
             1/n to each of a row's n, so that the weighted mean is the mean over rows of the
             rows' means.
         skip_student_eos: Leave the student's last answer token out of the alignment.
-        skip_teacher_eos: Leave the teacher's last answer token out of the alignment.
+        skip_teacher_eos: Leave a teacher's last answer token out of the alignment.
         student_pad_id: Fills up student rows.
         teacher_pad_id: Fills up teacher rows.
         student_encoder_length: P, tokens a prompt in the student's encoder is padded to; 0 where
             it has none.
-        teacher_encoder_length: The teacher's.
+        teacher_encoder_lengths: The teachers'.
+        signals: For each teacher its cache, which then takes the place of its tokens, or None.
 
     Returns:
         student_tokens, student_segment_ids: int32 [M, B/M, T]; segment 1 is text, 0 padding.
-        teacher_tokens, teacher_segment_ids: int32 [M, B/M, S].
-        student_encoder_tokens, …_segment_ids, teacher_…: int32 [M, B/M, P], where P is not 0.
+        student_encoder_tokens, …_segment_ids: int32 [M, B/M, P], where P is not 0.
         student_index: int32 [M, G, N], row·T + t of the hidden state that predicts an answer
             token of the student.
         targets: int32 [M, G, N], that token.
         ce_weight: float32 [M, G, N], 1 on answer tokens, 0 on padding and on answers that the
             student wrote itself.
-        teacher_index: int32 [M, G, N], row·S + s of the aligned hidden state of the teacher,
-            0 where there is none.
-        uld_weight: float32 [M, G, N], see `convention`; 0 where nothing is aligned.
+        teachers: A tuple of one dictionary a teacher: uld_weight: float32 [M, G, N], see
+            `convention`, 0 where nothing is aligned; tokens, segment_ids: int32 [M, B/M, S]; the
+            same of the encoder; index: int32 [M, G, N], row·S + s of the aligned hidden state, 0
+            where there is none. With a cache instead of the last three signal: probs float32
+            [M, G, N, K], tail_mass and error float32 [M, G, N].
 
     Raises:
         ValueError: Rows do not divide into groups, or T, S or N is too small.
+        UserError: A cache has another number of positions for an answer than the teacher.
     """
     if len(pairs) % (micro_batches * groups):
         raise ValueError(f"{len(pairs)} rows do not divide into {micro_batches} x {groups} groups")
-    group_rows = len(pairs) // (micro_batches * groups)
-    skips = {"skip_student_eos": skip_student_eos, "skip_teacher_eos": skip_teacher_eos}
-    students = [pair and pair.student for pair in pairs]
-    teachers = [pair and pair.teacher for pair in pairs]
-    rows = _pad_rows("student", students, student_length, student_encoder_length, student_pad_id)
-    rows |= _pad_rows("teacher", teachers, teacher_length, teacher_encoder_length, teacher_pad_id)
-    flat = [
-        _group_positions(
-            pairs[start : start + group_rows],
-            student_length,
-            teacher_length,
-            positions,
-            convention,
-            **skips,
-        )
-        for start in range(0, len(pairs), group_rows)
+    blocks = [
+        pairs[start : start + len(pairs) // (micro_batches * groups)]
+        for start in range(0, len(pairs), max(1, len(pairs) // (micro_batches * groups)))
     ]
-    batch = {
-        name: array.reshape(micro_batches, groups * group_rows, -1) for name, array in rows.items()
+    rows, by_group = (micro_batches, len(pairs) // micro_batches), (micro_batches, groups)
+    students = [pair and pair.student for pair in pairs]
+    batch: dict[str, Any] = {
+        f"student_{name}": array.reshape(*rows, -1)
+        for name, array in _pad_rows(
+            "student", students, student_length, student_encoder_length, student_pad_id
+        ).items()
     }
-    for name in flat[0]:
-        stacked = np.stack([group[name] for group in flat])
-        batch[name] = stacked.reshape(micro_batches, groups, positions)
-    return batch
+    batch |= _stack([_student_positions(b, student_length, positions) for b in blocks], by_group)
+    skips = {"skip_student_eos": skip_student_eos, "skip_teacher_eos": skip_teacher_eos}
+    teachers = []
+    for i, (length, encoder_length, store) in enumerate(
+        zip(teacher_lengths, teacher_encoder_lengths, signals, strict=True)
+    ):
+        aligned = [[*_aligned(block, i, **skips)] for block in blocks]
+        weights = [_weights(spans, positions, POSITION_WEIGHT[convention]) for spans in aligned]
+        teacher = _stack(weights, by_group)
+        if store is not None:
+            own = [_signal_positions(spans, store, positions) for spans in aligned]
+            teacher["signal"] = _stack(own, by_group)
+        else:
+            own = [_teacher_positions(spans, length, positions) for spans in aligned]
+            teacher |= _stack(own, by_group)
+            read = [pair and pair.teachers[i] for pair in pairs]
+            tokens = _pad_rows("teacher", read, length, encoder_length, teacher_pad_id)
+            teacher |= {name: array.reshape(*rows, -1) for name, array in tokens.items()}
+        teachers.append(teacher)
+    return batch | {"teachers": tuple(teachers)}
+
+
+def _stack(groups: Sequence[dict[str, np.ndarray]], leading: tuple[int, int]) -> dict[str, Any]:
+    """[M, G, N, …] of one dictionary a group."""
+    return {
+        name: np.stack([group[name] for group in groups]).reshape(*leading, *array.shape)
+        for name, array in groups[0].items()
+    }
 
 
 def _pad_rows(
     side: str, rows: Sequence[Encoded | None], length: int, encoder_length: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """One side's arrays: what its decoder reads and, where it has one, its encoder."""
-    parts = {side: ([row and row.tokens for row in rows], length)}
+    """One model's arrays: what its decoder reads and, where it has one, its encoder."""
+    parts = {"": ([row and row.tokens for row in rows], length)}
     if encoder_length:
-        parts[f"{side}_encoder"] = ([row and row.encoder for row in rows], encoder_length)
+        parts["encoder_"] = ([row and row.encoder for row in rows], encoder_length)
     arrays = {}
     for name, (texts, width) in parts.items():
         tokens = np.full((len(rows), width), pad_id, np.int32)
@@ -113,46 +137,103 @@ def _pad_rows(
             if ids is None:
                 continue
             if len(ids) > width:
-                raise ValueError(f"row {row} of {name} has {len(ids)} tokens, expected <= {width}")
+                whose = f"{side}_encoder" if name else side
+                raise ValueError(f"row {row} of {whose} has {len(ids)} tokens, expected <= {width}")
             tokens[row, : len(ids)] = ids
             segments[row, : len(ids)] = 1
-        arrays |= {f"{name}_tokens": tokens, f"{name}_segment_ids": segments}
+        arrays |= {f"{name}tokens": tokens, f"{name}segment_ids": segments}
     return arrays
 
 
-def _group_positions(
-    pairs: Sequence[Pair | None],
-    student_length: int,
-    teacher_length: int,
-    positions: int,
-    convention: str,
-    *,
-    skip_student_eos: bool,
-    skip_teacher_eos: bool,
+def _answers(block: Sequence[Pair | None]) -> Iterator[tuple[int, Pair, int]]:
+    """Row, pair and first position of each answer of a group."""
+    start = 0
+    for row, pair in enumerate(block):
+        if pair is not None:
+            yield row, pair, start
+            start += len(pair.student.answer)
+
+
+def _student_positions(
+    block: Sequence[Pair | None], length: int, positions: int
 ) -> dict[str, np.ndarray]:
-    needed = sum(len(pair.student.answer) for pair in pairs if pair is not None)
+    needed = sum(len(pair.student.answer) for pair in block if pair is not None)
     if needed > positions:
         raise ValueError(f"a group has {needed} answer positions, expected <= {positions}")
-    integers = ("student_index", "targets", "teacher_index")
-    group = {name: np.zeros(positions, np.int32) for name in integers}
-    group |= {name: np.zeros(positions, np.float32) for name in ("ce_weight", "uld_weight")}
-    start = 0
-    for row, pair in enumerate(pairs):
-        if pair is None:
-            continue
-        s, t = pair.student, pair.teacher
+    group: dict[str, np.ndarray] = {"ce_weight": np.zeros(positions, np.float32)}
+    group |= {name: np.zeros(positions, np.int32) for name in ("student_index", "targets")}
+    for row, pair, start in _answers(block):
+        s = pair.student
         here = slice(start, start + len(s.answer))
-        group["student_index"][here] = row * student_length + s.answer - 1
+        group["student_index"][here] = row * length + s.answer - 1
         group["targets"][here] = s.tokens[s.answer]
         group["ce_weight"][here] = 0.0 if pair.on_policy else 1.0
-        n = positional_pairs(
-            len(s.answer),
-            len(t.answer),
+    return group
+
+
+class _Span(NamedTuple):
+    """The positions that an answer has in common with a teacher's, of one row of a group."""
+
+    row: int
+    id: str
+    teacher: Encoded
+    start: int
+    count: int
+
+    @property
+    def positions(self) -> slice:
+        return slice(self.start, self.start + self.count)
+
+
+def _aligned(
+    block: Sequence[Pair | None], teacher: int, *, skip_student_eos: bool, skip_teacher_eos: bool
+) -> Iterator[_Span]:
+    for row, pair, start in _answers(block):
+        encoded = pair.teachers[teacher]
+        count = positional_pairs(
+            len(pair.student.answer),
+            len(encoded.answer),
             skip_student_eos=skip_student_eos,
             skip_teacher_eos=skip_teacher_eos,
         )
-        aligned = slice(start, start + n)
-        group["teacher_index"][aligned] = row * teacher_length + t.answer[:n] - 1
-        group["uld_weight"][aligned] = POSITION_WEIGHT[convention](max(n, 1))
-        start += len(s.answer)
+        yield _Span(row, pair.id, encoded, start, count)
+
+
+def _weights(
+    spans: Sequence[_Span], positions: int, weight: Callable[[int], float]
+) -> dict[str, np.ndarray]:
+    uld_weight = np.zeros(positions, np.float32)
+    for span in spans:
+        uld_weight[span.positions] = weight(max(span.count, 1))
+    return {"uld_weight": uld_weight}
+
+
+def _teacher_positions(
+    spans: Sequence[_Span], length: int, positions: int
+) -> dict[str, np.ndarray]:
+    """Where the teacher's hidden states stand."""
+    index = np.zeros(positions, np.int32)
+    for span in spans:
+        own = span.teacher.answer[: span.count]
+        index[span.positions] = span.row * length + own - 1
+    return {"index": index}
+
+
+def _signal_positions(
+    spans: Sequence[_Span], store: SignalStore, positions: int
+) -> dict[str, np.ndarray]:
+    """What the cache has of them."""
+    group = {"probs": np.zeros((positions, store.max_count), np.float32)}
+    group |= {name: np.zeros(positions, np.float32) for name in ("tail_mass", "error")}
+    for span in spans:
+        signal, expected = store[span.id], len(span.teacher.answer)
+        if len(signal) != expected:
+            raise UserError(
+                f"teacher cache: example {span.id!r} has {len(signal)} answer positions, expected "
+                f"{expected}: it was made for other answers, run `uld-jax cache` again"
+            )
+        probs, tail_mass = pad_signals([signal], store.max_count)
+        group["probs"][span.positions] = probs[: span.count]
+        group["tail_mass"][span.positions] = tail_mass[: span.count]
+        group["error"][span.positions] = signal.error[: span.count]
     return group

@@ -45,25 +45,25 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """The same answer as the student and as the teacher read it.
+    """The same answer as the student and as each teacher reads it.
 
     Attributes:
         id: Of the example.
         student: In the student's tokens.
-        teacher: In the teacher's tokens.
+        teachers: In the teachers' tokens.
         on_policy: The student wrote the answer itself: the teacher's distributions teach it, but
             the tokens are no target of the cross-entropy.
     """
 
     id: str
     student: Encoded
-    teacher: Encoded
+    teachers: tuple[Encoded, ...]
     on_policy: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Side:
-    """How one of the two models is prompted.
+    """How one of the models is prompted.
 
     Attributes:
         tokenizer: A transformers fast tokenizer.
@@ -89,7 +89,7 @@ class Dropped:
     Attributes:
         empty_answer: The answer is blank, or without tokens.
         too_long_student: Longer than the student's max_length.
-        too_long_teacher: Longer than the teacher's max_length.
+        too_long_teacher: Longer than the max_length of a teacher.
     """
 
     empty_answer: int = 0
@@ -236,18 +236,18 @@ def encode_pairs(
     answers: Mapping[str, str],
     *,
     student: Side,
-    teacher: Side,
+    teachers: Sequence[Side],
     pool: Sequence[Example] = (),
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Pair], Dropped]:
-    """Tokenise every example and its answer for both models.
+    """Tokenise every example and its answer for the student and its teachers.
 
     Args:
         examples: The items.
         answers: The answer to train on by example id: the teacher's, or a reference.
         student: How the student is prompted.
-        teacher: How the teacher is prompted.
+        teachers: How each teacher is prompted.
         pool: Examples that shots are drawn from: the training split.
         seed: Decides which shots.
         progress: Called after each batch with the number of examples it had.
@@ -261,7 +261,7 @@ def encode_pairs(
     found: list[Pair | str] = []
     for batch in _batches(examples):
         texts = [_answer(answers, example) for example in batch]
-        found += pairs_or_reasons(batch, texts, student, teacher, pool=pool, seed=seed)
+        found += pairs_or_reasons(batch, texts, student, teachers, pool=pool, seed=seed)
         if progress is not None:
             progress(len(batch))
     pairs = [pair for pair in found if isinstance(pair, Pair)]
@@ -272,7 +272,8 @@ def encode_pairs(
             f"none of {len(examples)} examples is left: {dropped.empty_answer} with an empty "
             f"answer, {dropped.too_long_student} over the student's max_length "
             f"{student.max_length}, {dropped.too_long_teacher} over the teacher's max_length "
-            f"{teacher.max_length}: raise max_length, use fewer shots or other answers"
+            f"{', '.join(str(t.max_length) for t in teachers)}: raise max_length, use fewer shots "
+            "or other answers"
         )
     return pairs, dropped
 
@@ -281,7 +282,7 @@ def pairs_or_reasons(
     examples: Sequence[Example],
     answers: Sequence[str],
     student: Side,
-    teacher: Side,
+    teachers: Sequence[Side],
     *,
     pool: Sequence[Example] = (),
     seed: int = 0,
@@ -292,7 +293,7 @@ def pairs_or_reasons(
         examples: The items.
         answers: One text an example.
         student: How the student is prompted.
-        teacher: How the teacher is prompted.
+        teachers: How each teacher is prompted.
         pool: Examples that shots are drawn from: the training split.
         seed: Decides which shots.
 
@@ -304,11 +305,11 @@ def pairs_or_reasons(
     """
     sides = [
         _encode_many(side, _prompts(side, examples, pool, seed), answers)
-        for side in (student, teacher)
+        for side in (student, *teachers)
     ]
     return [
-        _reason_to_drop(text, s, t, student, teacher) or Pair(example.id, s, t)
-        for example, text, s, t in zip(examples, answers, *sides, strict=True)
+        _reason_to_drop(text, read, (student, *teachers)) or Pair(example.id, read[0], read[1:])
+        for example, text, read in zip(examples, answers, zip(*sides, strict=True), strict=True)
     ]
 
 
@@ -343,15 +344,12 @@ def _prompts(
     ]
 
 
-def _reason_to_drop(text: str, s: Encoded, t: Encoded, student: Side, teacher: Side) -> str | None:
-    if (
-        not text.strip()
-        or len(s.answer) <= student.append_eos
-        or len(t.answer) <= teacher.append_eos
-    ):
+def _reason_to_drop(text: str, read: Sequence[Encoded], sides: Sequence[Side]) -> str | None:
+    """Of an example as the student, the first of the sides, and the teachers read it."""
+    both = [*zip(read, sides, strict=True)]
+    if not text.strip() or any(len(x.answer) <= side.append_eos for x, side in both):
         return "empty_answer"
-    if s.length > student.max_length:
+    too_long = [x.length > side.max_length for x, side in both]
+    if too_long[0]:
         return "too_long_student"
-    if t.length > teacher.max_length:
-        return "too_long_teacher"
-    return None
+    return "too_long_teacher" if any(too_long) else None

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,13 +22,13 @@ from uld_jax.train.metrics import MetricsWriter
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
 from uld_jax.train.state import TrainState, init_state, state_shardings
-from uld_jax.train.step import Metrics, train_step
-from uld_jax.types import Batch
+from uld_jax.train.step import Metrics, StepTeacher, train_step
+from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
 
 
 def fit(
     student: Decoder,
-    teacher: Decoder,
+    teachers: Sequence[Decoder | None],
     loader: Loader,
     config: RunConfig,
     *,
@@ -38,11 +37,11 @@ def fit(
     on_policy: OnPolicy | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> Decoder:
-    """Distils the teacher into the student, from the newest checkpoint in the workdir if any.
+    """Distils the teachers into the student, from the newest checkpoint in the workdir if any.
 
     Args:
         student: Where to start; its arrays are given up to the training state.
-        teacher: The frozen teacher.
+        teachers: The frozen teachers; None for one whose signals the loader has.
         loader: The batches of all epochs.
         config: The run.
         mesh: The device mesh.
@@ -59,14 +58,14 @@ def fit(
     """
     steps = step_count(loader, config)
     graph, params, frozen = split_trained(student)
-    teacher_graph, teacher_params = nnx.split(teacher)
+    split = [(None, None) if teacher is None else nnx.split(teacher) for teacher in teachers]
+    shares = config.teacher_shares
+    fixed = [StepTeacher(graph, share) for (graph, _), share in zip(split, shares, strict=True)]
     tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
     fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
     shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh)
     compiled = jax.jit(
-        functools.partial(
-            train_step, student=graph, teacher=teacher_graph, tx=tx, loss=config.loss
-        ),
+        functools.partial(train_step, student=graph, teachers=fixed, tx=tx, loss=config.loss),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
@@ -74,7 +73,7 @@ def fit(
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         state = _start(checkpoints, iterator, fresh, params, shardings)
         schedule = make_schedule(config.optimizer, steps)
-        run = _Run(compiled, schedule, (teacher_params, frozen), mesh, config)
+        run = _Run(compiled, schedule, ([params for _, params in split], frozen), mesh, config)
         first = int(state.step)
         with MetricsWriter(workdir, step=first) as writer, jax.set_mesh(mesh):
             for step in range(first + 1, steps + 1):
@@ -98,7 +97,7 @@ def fit(
 
 def _start(
     checkpoints: Checkpoints,
-    iterator: grain.DatasetIterator[dict[str, np.ndarray]],
+    iterator: grain.DatasetIterator[dict[str, Any]],
     fresh: Callable[[nnx.State], TrainState],
     params: nnx.State,
     shardings: TrainState,
@@ -131,7 +130,7 @@ class _Run:
 
     compiled: Callable[..., tuple[TrainState, Metrics]]
     schedule: Callable[[int], Any]
-    fixed: tuple[nnx.State, tuple[nnx.State, ...]]
+    fixed: tuple[list[nnx.State | None], tuple[nnx.State, ...]]
     mesh: Mesh
     config: RunConfig
     pending: list[tuple[dict[str, Any], Metrics]] = dataclasses.field(default_factory=list)
@@ -141,7 +140,7 @@ class _Run:
         self,
         step: int,
         state: TrainState,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, Any],
         host: Mapping[str, int],
     ) -> TrainState:
         teacher_params, frozen = self.fixed
@@ -173,7 +172,7 @@ class _Run:
         return rows
 
 
-def to_mesh(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+def to_mesh(arrays: Mapping[str, Any], mesh: Mesh) -> Batch:
     """Puts this process's part of a batch on the mesh: rows and groups over data and fsdp.
 
     Args:
@@ -184,9 +183,14 @@ def to_mesh(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         The global batch.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    return Batch(
-        **{
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in arrays.items()
-        }
+    placed = jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays)
     )
+    teachers = []
+    for teacher in placed.pop("teachers"):
+        if "signal" in teacher:
+            signal = SortedSignal(**teacher["signal"])
+            teachers.append(TeacherSignal(teacher["uld_weight"], signal))
+        else:
+            teachers.append(TeacherTokens(**teacher))
+    return Batch(**placed, teachers=tuple(teachers))

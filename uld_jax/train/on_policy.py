@@ -32,7 +32,7 @@ class OnPolicy:
 
     Args:
         student: How the student is prompted.
-        teacher: How the teacher is prompted.
+        teachers: How each teacher is prompted.
         examples: What the batches' pairs are about, by id.
         pool: Examples that shots are drawn from: the training split.
         seed: Decides which shots and which rows.
@@ -46,7 +46,7 @@ class OnPolicy:
     """
 
     student: Side
-    teacher: Side
+    teachers: Sequence[Side]
     examples: Mapping[str, Example]
     pool: Sequence[Example]
     seed: int
@@ -62,7 +62,7 @@ class OnPolicy:
 
     def batch(
         self, model: Decoder | EncoderDecoder, loader: Loader, batch: int, key: jax.Array
-    ) -> tuple[dict[str, np.ndarray], int]:
+    ) -> tuple[dict[str, Any], int]:
         """One batch with some of its answers replaced.
 
         Args:
@@ -114,7 +114,7 @@ class OnPolicy:
             batch_size=len(examples),
         )
         texts = [first_line(str(each.text)) for each in found]
-        new = pairs_or_reasons(examples, texts, self.student, self.teacher, **shots)
+        new = pairs_or_reasons(examples, texts, self.student, self.teachers, **shots)
         return [
             dataclasses.replace(pair, on_policy=True) if isinstance(pair, Pair) else pair
             for pair in new

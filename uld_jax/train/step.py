@@ -1,6 +1,8 @@
-"""The train step: one pure function of the state, the teacher and a batch."""
+"""The train step: one pure function of the state, the teachers and a batch."""
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,50 +11,76 @@ import optax
 from flax import nnx
 
 from uld_jax.config import LossConfig
-from uld_jax.losses import fused_uld_cross_entropy, sharded_uld_cross_entropy
+from uld_jax.losses import (
+    FusedLoss,
+    HeadTeacher,
+    SortedTeacher,
+    fused_teachers_cross_entropy,
+    sharded_uld_cross_entropy,
+)
 from uld_jax.models import Decoder
 from uld_jax.sharding import BATCH_AXES, constrain
 from uld_jax.train.state import TrainState
-from uld_jax.types import Batch
+from uld_jax.types import Batch, TeacherSignal, TeacherTokens
 
 Metrics = dict[str, jax.Array]
 
 
+@dataclass(frozen=True)
+class StepTeacher:
+    """What is fixed of a teacher.
+
+    Attributes:
+        graph: Its graph, or None where batches carry its signal.
+        share: Of `loss.uld_weight`.
+
+    Example:
+        >>> StepTeacher(None).share
+        1.0
+    """
+
+    graph: nnx.GraphDef[Decoder] | None
+    share: float = 1.0
+
+
 def train_step(
     state: TrainState,
-    teacher_params: nnx.State,
+    teacher_params: Sequence[nnx.State | None],
     batch: Batch,
     frozen: tuple[nnx.State, ...] = (),
     *,
     student: nnx.GraphDef[Decoder],
-    teacher: nnx.GraphDef[Decoder],
+    teachers: Sequence[StepTeacher],
     tx: optax.GradientTransformation,
     loss: LossConfig,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on M micro-batches: L = ce_weight · CE + uld_weight · ULD.
+    """One optimizer step on M micro-batches: L = ce_weight · CE + uld_weight · Σ_k share_k · ULD_k.
 
     The normalisers are sums over the whole batch, taken before the first micro-batch, so that the
     gradients of micro-batches, shards and hosts simply add up.
 
     Args:
         state: The student, its optimizer, its key; donate it.
-        teacher_params: The frozen teacher.
+        teacher_params: Each frozen teacher, or None.
         batch: The data.
         frozen: The student's parameters beside its adapters, where only these are trained.
         student: The student's graph.
-        teacher: The teacher's graph.
+        teachers: As many as there are parameters.
         tx: The optimizer.
         loss: Weights, temperatures and method.
 
     Returns:
-        The next state, and scalars: total, cross_entropy, uld, grad_norm, ce_positions,
-        uld_positions, skipped_steps, nonfinite_in_a_row.
+        The next state, and scalars: total, cross_entropy, uld (the mean by share over teachers),
+        grad_norm, ce_positions, uld_positions, skipped_steps, nonfinite_in_a_row; of several
+        teachers uld_0, uld_1, …; where there are signals uld_error, the most by which uld can
+        differ from that of the whole distributions.
     """
-    ce_count, uld_count = batch.ce_weight.sum(), batch.uld_weight.sum()
+    ce_count = batch.ce_weight.sum()
+    counts = [jnp.maximum(t.uld_weight.sum(), 1e-9) for t in batch.teachers]
     ce_scale = loss.ce_weight / jnp.maximum(ce_count, 1e-9)
-    uld_scale = loss.uld_weight / jnp.maximum(uld_count, 1e-9)
+    scales = [t.share * loss.uld_weight / count for t, count in zip(teachers, counts, strict=True)]
     micro_loss = functools.partial(
-        _micro_loss, student=student, teacher=teacher, scales=(ce_scale, uld_scale), config=loss
+        _micro_loss, student=student, teachers=teachers, scales=(ce_scale, scales), config=loss
     )
     grad = jax.grad(micro_loss, has_aux=True)
     fixed = (frozen, teacher_params)
@@ -65,19 +93,40 @@ def train_step(
     if batch.micro_batches > 1:
         rest = jax.tree.map(lambda x: x[1:], batch)
         total, _ = jax.lax.scan(accumulate, total, rest)
-    grads, (ce_sum, uld_sum) = total
+    grads, (ce_sum, uld_sums) = total
     following = apply_gradients(state, grads, tx)
     metrics = {
-        "total": ce_sum + uld_sum,
+        "total": ce_sum + uld_sums.sum(),
         "cross_entropy": ce_sum / (loss.ce_weight or 1.0),
-        "uld": uld_sum / (loss.uld_weight or 1.0),
+        "uld": uld_sums.sum() / (loss.uld_weight or 1.0),
         "grad_norm": optax.tree.norm(grads),
         "ce_positions": ce_count,
-        "uld_positions": (batch.uld_weight > 0).sum(),
+        "uld_positions": jnp.stack([(t.uld_weight > 0).sum() for t in batch.teachers]).sum(),
         "skipped_steps": following.opt_state.total_notfinite,
         "nonfinite_in_a_row": following.opt_state.notfinite_count,
     }
-    return following, metrics
+    return following, metrics | _of_teachers(
+        batch, teachers, counts, uld_sums / (loss.uld_weight or 1.0)
+    )
+
+
+def _of_teachers(
+    batch: Batch,
+    teachers: Sequence[StepTeacher],
+    counts: Sequence[jax.Array],
+    distances: jax.Array,
+) -> Metrics:
+    """What there is to say of single teachers, and of signals instead of teachers."""
+    metrics = {}
+    if len(teachers) > 1:
+        for number, teacher in enumerate(teachers):
+            metrics[f"uld_{number}"] = distances[number] / teacher.share
+    errors = [
+        teacher.share * (given.signal.error * given.uld_weight).sum() / count
+        for teacher, given, count in zip(teachers, batch.teachers, counts, strict=True)
+        if isinstance(given, TeacherSignal)
+    ]
+    return metrics | ({"uld_error": jnp.stack(errors).sum()} if errors else {})
 
 
 def apply_gradients(
@@ -102,41 +151,66 @@ def apply_gradients(
 def _micro_loss(
     params: nnx.State,
     frozen: tuple[nnx.State, ...],
-    teacher_params: nnx.State,
+    teacher_params: Sequence[nnx.State | None],
     b: Batch,
     *,
     student: nnx.GraphDef[Decoder],
-    teacher: nnx.GraphDef[Decoder],
-    scales: tuple[jax.Array, jax.Array],
+    teachers: Sequence[StepTeacher],
+    scales: tuple[jax.Array, Sequence[jax.Array]],
     config: LossConfig,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One micro-batch's share of the loss, already divided by the whole batch's normalisers."""
-    s, t = nnx.merge(student, params, *frozen), nnx.merge(teacher, teacher_params)
+    s = nnx.merge(student, params, *frozen)
     student_BTD = s.hidden(**b.student_inputs)
-    teacher_BSE = t.hidden(**b.teacher_inputs)
     mesh = jax.sharding.get_abstract_mesh()
-    fused = fused_uld_cross_entropy
+    fused = fused_teachers_cross_entropy
     if not mesh.empty:
         fused = functools.partial(sharded_uld_cross_entropy, mesh=mesh, batch_axes=BATCH_AXES)
-    out = fused(
+    out: FusedLoss = fused(
         take_positions(student_BTD, b.student_index),
         s.head_VD,
-        take_positions(teacher_BSE, b.teacher_index),
-        t.head_VD,
+        [
+            _compared(teacher.graph, params, given, scale, config.teacher_temperature)
+            for teacher, params, given, scale in zip(
+                teachers, teacher_params, b.teachers, scales[1], strict=True
+            )
+        ],
         b.targets,
         ce_weights=b.ce_weight * scales[0],
-        uld_weights=b.uld_weight * scales[1],
         student_temperature=config.student_temperature,
-        teacher_temperature=config.teacher_temperature,
         student_softcap=s.config.logit_softcap or None,
-        teacher_softcap=t.config.logit_softcap or None,
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         method=config.method,
         chunk_size=config.chunk_size,
         compute_dtype=student_BTD.dtype,
     )
-    return out.total, (out.cross_entropy, out.distance)
+    return out.total, (out.cross_entropy, out.distances)
+
+
+def _compared(
+    graph: nnx.GraphDef[Decoder] | None,
+    params: nnx.State | None,
+    given: TeacherTokens | TeacherSignal,
+    scale: jax.Array,
+    temperature: float,
+) -> HeadTeacher | SortedTeacher:
+    """What the student is compared with: the teacher's hidden states, or the batch's signal."""
+    weights = given.uld_weight * scale
+    if isinstance(given, TeacherSignal):
+        return SortedTeacher(given.signal.probs, weights, given.signal.tail_mass)
+    if graph is None or params is None:
+        raise ValueError(
+            "teachers: expected a model for a teacher that is to read tokens, got None"
+        )
+    t = nnx.merge(graph, params)
+    return HeadTeacher(
+        take_positions(t.hidden(**given.inputs), given.index),
+        t.head_VD,
+        weights,
+        temperature=temperature,
+        softcap=t.config.logit_softcap or None,
+    )
 
 
 def take_positions(hidden_BTD: jax.Array, index_GN: jax.Array) -> jax.Array:
