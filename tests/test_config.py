@@ -20,7 +20,8 @@ from uld_jax.config import (
     to_dict,
     validate,
 )
-from uld_jax.config.schema import FIELDS, GROUPS
+from uld_jax.config.fields import FIELDS
+from uld_jax.config.schema import GROUPS
 from uld_jax.errors import UserError
 
 SOUND = RunConfig(student=ModelConfig(source="student"), teacher=TeacherConfig(source="teacher"))

@@ -144,6 +144,6 @@ def test_help_names_what_matters(capsys, arguments):
 def test_fields_lists_every_field(uld):
     result = uld("fields")
     assert result.status == 0
-    missing = [path for path in configs.schema.FIELDS if f"--config.{path}=" not in result.out]
+    missing = [path for path in configs.fields.FIELDS if f"--config.{path}=" not in result.out]
     assert missing == []
     assert "data.batch_size=8 (int)" in result.out

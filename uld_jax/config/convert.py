@@ -5,15 +5,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uld_jax.config.schema import (
-    EXTRA,
-    FIELDS,
-    GROUPS,
-    RunConfig,
-    TeacherConfig,
-    field_of,
-    type_error,
-)
+from uld_jax.config.fields import FIELDS, field_of, type_error
+from uld_jax.config.schema import EXTRA, GROUPS, RunConfig, TeacherConfig
 from uld_jax.errors import UserError
 
 

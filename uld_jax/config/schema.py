@@ -1,51 +1,10 @@
 """The dataclasses of a run's configuration, each field with its default and its rule."""
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable
 from typing import Any
 
+from uld_jax.config import rules
 from uld_jax.errors import UserError
-
-
-def _field(default: Any, expected: str, check: Callable[[Any], bool]) -> Any:
-    """A dataclass field that carries the rule which `value_error` applies to its value."""
-    return dataclasses.field(default=default, metadata={"expected": expected, "check": check})
-
-
-def _choice(*options: str) -> Any:
-    """One of `options`; the first is the default."""
-    return _field(options[0], f"one of {', '.join(options)}", options.__contains__)
-
-
-def _at_least(least: int, default: float) -> Any:
-    return _field(default, f"a finite number >= {least}", lambda value: least <= value < math.inf)
-
-
-def _positive(default: float) -> Any:
-    return _field(default, "a finite number > 0", lambda value: 0 < value < math.inf)
-
-
-def _share(default: float) -> Any:
-    return _field(default, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
-
-
-def _fraction(default: float) -> Any:
-    return _field(default, "a number > 0 and < 1", lambda value: 0 < value < 1)
-
-
-def _names(*options: str) -> Any:
-    """Some of `options`, with commas between them; none by default."""
-    return _field(
-        "",
-        f"names with commas between them, out of {', '.join(options)}",
-        lambda value: not value or set(value.split(",")) <= set(options),
-    )
-
-
-def _axis(default: int) -> Any:
-    return _field(default, "an integer >= 1, or -1", lambda value: value >= 1 or value == -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +23,15 @@ class BaseModelConfig:
         max_length: tokens; a longer prompt + answer is dropped and counted.
     """
 
-    source: str = _field("", "a Hugging Face id, a safetensors directory or a .gguf file", bool)
-    dtype: str = _choice("float32", "bfloat16")
-    param_dtype: str = _choice("float32", "bfloat16")
-    remat: str = _choice("none", "dots", "full", "offload")
-    shots: int = _at_least(0, 0)
-    chat: str = _choice("auto", "always", "never")
-    max_length: int = _at_least(1, 1024)
+    source: str = rules.field(
+        "", "a Hugging Face id, a safetensors directory or a .gguf file", bool
+    )
+    dtype: str = rules.choice("float32", "bfloat16")
+    param_dtype: str = rules.choice("float32", "bfloat16")
+    remat: str = rules.choice("none", "dots", "full", "offload")
+    shots: int = rules.at_least(0, 0)
+    chat: str = rules.choice("auto", "always", "never")
+    max_length: int = rules.at_least(1, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +44,9 @@ class ModelConfig(BaseModelConfig):
         lora_targets: matrices to adapt, with commas between them; empty = all of every layer.
     """
 
-    lora_rank: int = _at_least(0, 0)
-    lora_alpha: float = _positive(16.0)
-    lora_targets: str = _names(
+    lora_rank: int = rules.at_least(0, 0)
+    lora_alpha: float = rules.positive(16.0)
+    lora_targets: str = rules.names(
         *(f"attention.{name}" for name in ("query", "key", "value", "out")),
         *(f"cross.{name}" for name in ("query", "key", "value", "out")),
         *(f"mlp.{name}" for name in ("gate", "up", "down")),
@@ -105,12 +66,12 @@ class TeacherConfig(BaseModelConfig):
         batch_size: prompts that it answers at a time.
     """
 
-    share: float = _positive(1.0)
-    mode: str = _choice("online")
-    quantize: str = _field("", "empty, int8 or int4", ("", "int8", "int4").__contains__)
+    share: float = rules.positive(1.0)
+    mode: str = rules.choice("online")
+    quantize: str = rules.field("", "empty, int8 or int4", ("", "int8", "int4").__contains__)
     append_eos: bool = False
-    max_new_tokens: int = _at_least(1, 32)
-    batch_size: int = _at_least(1, 16)
+    max_new_tokens: int = rules.at_least(1, 32)
+    batch_size: int = rules.at_least(1, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +90,15 @@ class DataConfig:
         seed: of the shuffling.
     """
 
-    source: str = _field("builtin", "the name of a data set or a file", bool)
+    source: str = rules.field("builtin", "the name of a data set or a file", bool)
     eval_source: str = ""
     data_dir: str = ""
-    train_examples: int = _at_least(0, 0)
-    eval_examples: int = _at_least(0, 0)
-    answers: str = _choice("teacher", "gold")
-    batch_size: int = _at_least(1, 8)
-    buckets: int = _at_least(1, 1)
-    seed: int = _at_least(0, 0)
+    train_examples: int = rules.at_least(0, 0)
+    eval_examples: int = rules.at_least(0, 0)
+    answers: str = rules.choice("teacher", "gold")
+    batch_size: int = rules.at_least(1, 8)
+    buckets: int = rules.at_least(1, 1)
+    seed: int = rules.at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +119,17 @@ class LossConfig:
         chunk_size: answer positions whose logits exist at a time.
     """
 
-    uld_weight: float = _at_least(0, 1.5)
-    ce_weight: float = _at_least(0, 1.0)
-    student_temperature: float = _positive(1.0)
-    teacher_temperature: float = _positive(1.0)
-    convention: str = _choice("token_mean", "official")
+    uld_weight: float = rules.at_least(0, 1.5)
+    ce_weight: float = rules.at_least(0, 1.0)
+    student_temperature: float = rules.positive(1.0)
+    teacher_temperature: float = rules.positive(1.0)
+    convention: str = rules.choice("token_mean", "official")
     skip_student_eos: bool = True
     skip_teacher_eos: bool = False
-    method: str = _choice("auto", "sort", "level_set")
-    label_smoothing: float = _share(0.0)
-    z_loss: float = _at_least(0, 0.0)
-    chunk_size: int = _at_least(1, 32)
+    method: str = rules.choice("auto", "sort", "level_set")
+    label_smoothing: float = rules.share(0.0)
+    z_loss: float = rules.at_least(0, 0.0)
+    chunk_size: int = rules.at_least(1, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +154,16 @@ class OptimizerConfig:
         clip_norm: largest global gradient norm; 0 = no clipping.
     """
 
-    learning_rate: float = _positive(1e-4)
-    schedule: str = _choice("one_cycle", "constant", "cosine")
-    pct_start: float = _fraction(0.1)
-    div_factor: float = _at_least(1, 2.0)
-    final_div_factor: float = _at_least(1, 5.0)
-    weight_decay: float = _at_least(0, 0.1)
-    b1: float = _share(0.9)
-    b2: float = _share(0.999)
-    eps: float = _positive(1e-8)
-    clip_norm: float = _at_least(0, 1.0)
+    learning_rate: float = rules.positive(1e-4)
+    schedule: str = rules.choice("one_cycle", "constant", "cosine")
+    pct_start: float = rules.fraction(0.1)
+    div_factor: float = rules.at_least(1, 2.0)
+    final_div_factor: float = rules.at_least(1, 5.0)
+    weight_decay: float = rules.at_least(0, 0.1)
+    b1: float = rules.share(0.9)
+    b2: float = rules.share(0.999)
+    eps: float = rules.positive(1e-8)
+    clip_norm: float = rules.at_least(0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,17 +185,19 @@ class TrainConfig:
         on_policy_tokens: the most that are sampled for one answer.
     """
 
-    epochs: int = _at_least(1, 1)
-    max_steps: int = _at_least(0, 0)
-    accumulation: int = _at_least(1, 1)
-    checkpoint_every: int = _at_least(1, 50)
-    keep_checkpoints: int = _at_least(1, 2)
-    log_every: int = _at_least(1, 1)
-    max_nonfinite_steps: int = _at_least(1, 5)
-    seed: int = _at_least(0, 0)
-    on_policy_fraction: float = _field(0.0, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-    on_policy_temperature: float = _positive(1.0)
-    on_policy_tokens: int = _at_least(1, 32)
+    epochs: int = rules.at_least(1, 1)
+    max_steps: int = rules.at_least(0, 0)
+    accumulation: int = rules.at_least(1, 1)
+    checkpoint_every: int = rules.at_least(1, 50)
+    keep_checkpoints: int = rules.at_least(1, 2)
+    log_every: int = rules.at_least(1, 1)
+    max_nonfinite_steps: int = rules.at_least(1, 5)
+    seed: int = rules.at_least(0, 0)
+    on_policy_fraction: float = rules.field(
+        0.0, "a number from 0 to 1", lambda value: 0 <= value <= 1
+    )
+    on_policy_temperature: float = rules.positive(1.0)
+    on_policy_tokens: int = rules.at_least(1, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,9 +210,9 @@ class MeshConfig:
         tensor: shards of every matrix product.
     """
 
-    data: int = _axis(-1)
-    fsdp: int = _axis(1)
-    tensor: int = _axis(1)
+    data: int = rules.axis(-1)
+    fsdp: int = rules.axis(1)
+    tensor: int = rules.axis(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,9 +225,9 @@ class EvalConfig:
         samples: answers shown beside their references.
     """
 
-    batch_size: int = _at_least(1, 16)
-    max_new_tokens: int = _at_least(1, 24)
-    samples: int = _at_least(0, 5)
+    batch_size: int = rules.at_least(1, 16)
+    max_new_tokens: int = rules.at_least(1, 24)
+    samples: int = rules.at_least(0, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,79 +291,3 @@ EXTRA = "extra_teachers."
 GROUPS: dict[str, Any] = {
     group.name: group.type for group in dataclasses.fields(RunConfig) if group.name != EXTRA[:-1]
 }
-FIELDS: dict[str, dataclasses.Field[Any]] = {
-    f"{name}.{field.name}": field
-    for name, group in GROUPS.items()
-    for field in dataclasses.fields(group)
-}
-
-
-def field_of(path: str) -> dataclasses.Field[Any] | None:
-    """The field that a dotted path names.
-
-    Args:
-        path: such as "data.batch_size" or "extra_teachers.0.source".
-
-    Returns:
-        The field, or None where there is none.
-
-    Example:
-        >>> field_of("extra_teachers.0.source") is field_of("teacher.source")
-        True
-    """
-    return FIELDS.get(re.sub(rf"^{re.escape(EXTRA)}\d+\.", "teacher.", path))
-
-
-def type_error(path: str, value: Any) -> str | None:
-    """Check a value against the type of its field, as JSON has it: an int may stand for a float.
-
-    Args:
-        path: of a field.
-        value: what was given for it.
-
-    Returns:
-        One line that says what was expected and found, or None.
-
-    Example:
-        >>> type_error("data.batch_size", "many")
-        "data.batch_size: expected int, got 'many'"
-    """
-    kind: Any = _existing(path).type
-    allowed = (int, float) if kind is float else (kind,)
-    if type(value) in allowed:
-        return None
-    return f"{path}: expected {kind.__name__}, got {value!r}"
-
-
-def value_error(path: str, value: Any) -> str | None:
-    """Check a value against the type of its field and the rule that stands beside its default.
-
-    Args:
-        path: of a field.
-        value: what was given for it.
-
-    Returns:
-        One line that says what was expected and found and how to mend it, or None.
-
-    Example:
-        >>> value_error("mesh.fsdp", 0)
-        'mesh.fsdp: expected an integer >= 1, or -1, got 0; set --config.mesh.fsdp=1 (the default)'
-    """
-    field = _existing(path)
-    if error := type_error(path, value):
-        return error
-    if "check" not in field.metadata or field.metadata["check"](value):
-        return None
-    mend = (
-        f"--config.{path}={field.default} (the default)"
-        if field.default != ""
-        else f"--config.{path}=..."
-    )
-    return f"{path}: expected {field.metadata['expected']}, got {value!r}; set {mend}"
-
-
-def _existing(path: str) -> dataclasses.Field[Any]:
-    field = field_of(path)
-    if field is None:
-        raise KeyError(path)
-    return field

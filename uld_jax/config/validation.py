@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 from uld_jax.config.convert import flatten, raise_all
-from uld_jax.config.schema import MeshConfig, RunConfig, value_error
+from uld_jax.config.fields import value_error
+from uld_jax.config.schema import MeshConfig, RunConfig
 
 
 def validate(config: RunConfig, *, device_count: int | None = None) -> list[str]:
