@@ -17,9 +17,15 @@ from uld_jax.data import Example, Side, encode_pairs, make_loader
 from uld_jax.losses import uld
 from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.testing import tiny_gemma, tiny_model, tiny_t5
-from uld_jax.train import init_state, make_optimizer, state_shardings, to_mesh, train_step
+from uld_jax.train import (
+    StepTeacher,
+    init_state,
+    make_optimizer,
+    state_shardings,
+    to_mesh,
+    train_step,
+)
 from uld_jax.train.state import param_shardings
-from uld_jax.train.step import StepTeacher
 
 EXAMPLES = [
     Example(str(n), "qa", f"Mill {n} grinds {what}.", f"What does mill {n} grind?", (what,), "")

@@ -15,6 +15,7 @@ from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.testing import tiny_config, tiny_gemma, toy_batch
 from uld_jax.train import (
     Checkpoints,
+    StepTeacher,
     init_state,
     make_optimizer,
     param_shardings,
@@ -23,7 +24,6 @@ from uld_jax.train import (
     to_mesh,
     train_step,
 )
-from uld_jax.train.step import StepTeacher
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 STEPS = 6

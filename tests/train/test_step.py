@@ -15,9 +15,15 @@ from uld_jax.losses import sorted_probabilities, uld
 from uld_jax.models import Decoder
 from uld_jax.sharding import batch_shards, make_mesh
 from uld_jax.testing import tiny_config, tiny_gemma, toy_batch
-from uld_jax.train import init_state, make_optimizer, state_shardings, to_mesh, train_step
+from uld_jax.train import (
+    StepTeacher,
+    init_state,
+    make_optimizer,
+    state_shardings,
+    to_mesh,
+    train_step,
+)
 from uld_jax.train.state import param_shardings
-from uld_jax.train.step import StepTeacher
 from uld_jax.types import SortedSignal, TeacherSignal
 
 LOSS = LossConfig(chunk_size=8)

@@ -6,14 +6,16 @@ from uld_jax.train.metrics import MetricsWriter, read_metrics
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
 from uld_jax.train.state import TrainState, init_state, param_shardings, state_shardings
-from uld_jax.train.step import train_step
+from uld_jax.train.step import StepTeacher, gradients, train_step
 
 __all__ = [
     "Checkpoints",
     "MetricsWriter",
     "OnPolicy",
+    "StepTeacher",
     "TrainState",
     "fit",
+    "gradients",
     "init_state",
     "make_optimizer",
     "make_schedule",

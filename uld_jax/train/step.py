@@ -54,10 +54,7 @@ def train_step(
     tx: optax.GradientTransformation,
     loss: LossConfig,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on M micro-batches: L = ce_weight · CE + uld_weight · Σ_k share_k · ULD_k.
-
-    The normalisers are sums over the whole batch, taken before the first micro-batch, so that the
-    gradients of micro-batches, shards and hosts simply add up.
+    """One optimizer step on M micro-batches.
 
     Args:
         state: The student, its optimizer, its key; donate it.
@@ -70,10 +67,49 @@ def train_step(
         loss: Weights, temperatures and method.
 
     Returns:
-        The next state, and scalars: total, cross_entropy, uld (the mean by share over teachers),
-        grad_norm, ce_positions, uld_positions, skipped_steps, nonfinite_in_a_row; of several
-        teachers uld_0, uld_1, …; where there are signals uld_error, the most by which uld can
-        differ from that of the whole distributions.
+        The next state, and scalars: those of `gradients`, grad_norm, skipped_steps and
+        nonfinite_in_a_row.
+    """
+    grads, metrics = gradients(
+        state.params, teacher_params, batch, frozen, student=student, teachers=teachers, loss=loss
+    )
+    following = apply_gradients(state, grads, tx)
+    return following, metrics | {
+        "grad_norm": optax.tree.norm(grads),
+        "skipped_steps": following.opt_state.total_notfinite,
+        "nonfinite_in_a_row": following.opt_state.notfinite_count,
+    }
+
+
+def gradients(
+    params: nnx.State,
+    teacher_params: Sequence[nnx.State | None],
+    batch: Batch,
+    frozen: tuple[nnx.State, ...] = (),
+    *,
+    student: nnx.GraphDef[Decoder],
+    teachers: Sequence[StepTeacher],
+    loss: LossConfig,
+) -> tuple[nnx.State, Metrics]:
+    """The gradients of L = ce_weight · CE + uld_weight · Σ_k share_k · ULD_k over a batch.
+
+    The normalisers are sums over the whole batch, taken before the first micro-batch, so that the
+    gradients of micro-batches, shards and hosts simply add up.
+
+    Args:
+        params: The student's.
+        teacher_params: See `train_step`, as are the arguments below.
+        batch: The data.
+        frozen: The student's other parameters.
+        student: The student's graph.
+        teachers: What is fixed of each teacher.
+        loss: Weights, temperatures and method.
+
+    Returns:
+        A gradient for each parameter, and scalars: total, cross_entropy, uld (the mean by share
+        over teachers), ce_positions, uld_positions; of several teachers uld_0, uld_1, …; where
+        there are signals uld_error, the most by which uld can differ from that of the whole
+        distributions.
     """
     ce_count = batch.ce_weight.sum()
     counts = [jnp.maximum(t.uld_weight.sum(), 1e-9) for t in batch.teachers]
@@ -86,28 +122,23 @@ def train_step(
     fixed = (frozen, teacher_params)
 
     def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad(state.params, *fixed, micro)), None
+        return jax.tree.map(jnp.add, total, grad(params, *fixed, micro)), None
 
     micro = jax.tree.map(lambda x: x[0], batch)
-    total = grad(state.params, *fixed, micro)
+    total = grad(params, *fixed, micro)
     if batch.micro_batches > 1:
         rest = jax.tree.map(lambda x: x[1:], batch)
         total, _ = jax.lax.scan(accumulate, total, rest)
     grads, (ce_sum, uld_sums) = total
-    following = apply_gradients(state, grads, tx)
+    distances = uld_sums / (loss.uld_weight or 1.0)
     metrics = {
         "total": ce_sum + uld_sums.sum(),
         "cross_entropy": ce_sum / (loss.ce_weight or 1.0),
-        "uld": uld_sums.sum() / (loss.uld_weight or 1.0),
-        "grad_norm": optax.tree.norm(grads),
+        "uld": distances.sum(),
         "ce_positions": ce_count,
         "uld_positions": jnp.stack([(t.uld_weight > 0).sum() for t in batch.teachers]).sum(),
-        "skipped_steps": following.opt_state.total_notfinite,
-        "nonfinite_in_a_row": following.opt_state.notfinite_count,
     }
-    return following, metrics | _of_teachers(
-        batch, teachers, counts, uld_sums / (loss.uld_weight or 1.0)
-    )
+    return grads, metrics | _of_teachers(batch, teachers, counts, distances)
 
 
 def _of_teachers(
