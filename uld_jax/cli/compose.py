@@ -186,12 +186,12 @@ def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.L
     return dataclasses.replace(m, model=nnx.merge(graph, trained, *frozen))
 
 
-def side_of(config: BaseModelConfig, m: models.LoadedModel) -> Side:
+def side_of(config: BaseModelConfig, m: models.LoadedModel | models.LoadedTokenizer) -> Side:
     """How a model is prompted, from its config and its tokenizer.
 
     Args:
         config: The teacher's or the student's.
-        m: The model.
+        m: The model, or its tokenizer and config.
 
     Returns:
         The side; only a student, or a teacher so configured, ends answers with its EOS token.

@@ -18,6 +18,7 @@ from uld_jax.errors import UserError
 COMMANDS = {
     "train": "distil a teacher into a student, or resume a run",
     "generate": "let the teacher answer a data set's training questions",
+    "cache": "store what the teacher says of the training answers; again: continue",
     "evaluate": "score a model's answers to held-out questions",
     "export": "write a run's student as a Hugging Face directory",
 }
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
             required=name in ("train", "export"),
             help="the run's directory: its config, checkpoints, metrics and results",
         )
-        if name in ("generate", "export"):
+        if name in ("generate", "cache", "export"):
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")
         if name == "evaluate":
             command.add_argument("--output", metavar="FILE.json", help="scores and answers")

@@ -59,19 +59,33 @@ class TeacherConfig(BaseModelConfig):
 
     Attributes:
         share: its part of loss.uld_weight where there are several teachers, over the sum of all.
-        mode: online: the teacher runs beside the student.
+        mode: online: the teacher runs beside the student | cache: its signals are read from a
+            directory that `uld-jax cache` has written.
         quantize: hold its matrices in fewer bits: empty (as loaded) | int8 | int4.
         append_eos: end its answer with its end-of-sequence token.
         max_new_tokens: tokens; the longest answer that it generates (the paper's runs: 150).
-        batch_size: prompts that it answers at a time.
+        batch_size: prompts that it answers, or texts that it reads for a cache, at a time.
+        cache: that directory, for mode = cache.
+        cache_epsilon: of each distribution a cache leaves out probabilities of this sum at most;
+            its error in ULD is at most 1.5 times as much.
+        cache_cap: probabilities of a position; one that needs more has a larger error.
+        cache_ids: likeliest tokens of a position kept by id, for a loss that needs them.
+        cache_shard_size: examples a file; a kill loses the work on one.
     """
 
     share: float = rules.positive(1.0)
-    mode: str = rules.choice("online")
+    mode: str = rules.choice("online", "cache")
     quantize: str = rules.field("", "empty, int8 or int4", ("", "int8", "int4").__contains__)
     append_eos: bool = False
     max_new_tokens: int = rules.at_least(1, 32)
     batch_size: int = rules.at_least(1, 16)
+    cache: str = ""
+    cache_epsilon: float = rules.field(
+        0.01, "a number from 0.0001 to 0.5", lambda value: 1e-4 <= value <= 0.5
+    )
+    cache_cap: int = rules.at_least(1, 16384)
+    cache_ids: int = rules.at_least(0, 0)
+    cache_shard_size: int = rules.at_least(1, 128)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,17 @@ got ''; set --config.student.source=..."
             "student.lora_targets: expected nothing where student.lora_rank is 0 (train all "
             f"weights), got {config.student.lora_targets!r}; set --config.student.lora_rank=8"
         )
+    if sound("teacher.mode") and config.teacher.mode == "cache" and not config.teacher.cache:
+        errors.append(
+            "teacher.cache: expected the directory of a teacher cache where teacher.mode is "
+            "cache, got ''; make one with `uld-jax cache --output=DIR` and set "
+            "--config.teacher.cache=DIR"
+        )
+    if sound("teacher.cache_") and config.teacher.cache_ids > config.teacher.cache_cap:
+        errors.append(
+            f"teacher.cache_ids: expected at most teacher.cache_cap = {config.teacher.cache_cap}, "
+            f"got {config.teacher.cache_ids}; set --config.teacher.cache_cap higher"
+        )
     errors += [
         _no_room(answer, length, values[answer], values[length])
         for answer, length in (

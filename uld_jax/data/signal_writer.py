@@ -25,6 +25,8 @@ from uld_jax.files import write_json
 
 # What a directory is being filled with; gone once the manifest says it.
 SETTINGS = "unfinished.json"
+# The texts that the signals are of may lie beside them before there is anything else.
+ANSWERS = "answers.json"
 # Records are compressed already. A group costs about 12 bytes a record alone and 0.5 in 64; one
 # thread writes the same bytes each time.
 WRITER_OPTIONS = "group_size:64,uncompressed,max_parallelism:1"
@@ -209,7 +211,8 @@ class SignalWriter:
         settings = self._directory / SETTINGS
         saved = next((p for p in (self._directory / MANIFEST, settings) if p.is_file()), None)
         if saved is None:
-            others = sorted(p.name for p in self._directory.iterdir() if p.name[0] != ".")
+            names = (path.name for path in self._directory.iterdir())
+            others = sorted(name for name in names if name[0] != "." and name != ANSWERS)
             if others:
                 raise UserError(
                     f"{self._directory}: expected an empty directory or a teacher cache, found "

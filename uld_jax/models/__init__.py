@@ -8,10 +8,13 @@ from uld_jax.models.encoder_decoder import EncoderDecoder
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from uld_jax.models.hf_io import (
     LoadedModel,
+    LoadedTokenizer,
     abstract_decoder,
     load,
+    load_tokenizer,
     model_class,
     save_pretrained,
+    weights_fingerprint,
 )
 from uld_jax.models.lora import add_adapters, merged, split_trained
 from uld_jax.models.quantization import quantize
@@ -24,6 +27,7 @@ __all__ = [
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "LoadedModel",
+    "LoadedTokenizer",
     "Policy",
     "Sampling",
     "abstract_decoder",
@@ -33,10 +37,12 @@ __all__ = [
     "generate",
     "line_stop_ids",
     "load",
+    "load_tokenizer",
     "merged",
     "model_class",
     "parameters",
     "quantize",
     "save_pretrained",
     "split_trained",
+    "weights_fingerprint",
 ]

@@ -1,6 +1,7 @@
 """Models in and out of the Hugging Face format: safetensors directories, hub ids, GGUF files."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import tempfile
@@ -32,10 +33,15 @@ from uld_jax.models.gguf import GgufSource
 from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from uld_jax.models.lora import merged
 from uld_jax.models.reading import TensorSource, check_weights, parameters_of, read_parameter
-from uld_jax.models.safetensors_source import SafetensorsSource, refuse_pickles
+from uld_jax.models.safetensors_source import (
+    SafetensorsSource,
+    read_model_config,
+    refuse_pickles,
+)
 from uld_jax.sharding import make_mesh
 
-FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+WEIGHTS = "*.safetensors"
+FILES = ["*.json", WEIGHTS, "tokenizer*", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,19 @@ class LoadedModel:
     """
 
     model: Decoder
+    tokenizer: transformers.PreTrainedTokenizerFast
+    config: DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTokenizer:
+    """What is known of a model without its weights.
+
+    Args:
+        tokenizer: Its Hugging Face tokenizer.
+        config: What it is made of.
+    """
+
     tokenizer: transformers.PreTrainedTokenizerFast
     config: DecoderConfig
 
@@ -143,31 +162,90 @@ def _float_name(setting: str, dtype: jax.typing.DTypeLike) -> str:
     return name
 
 
+def load_tokenizer(source: str | os.PathLike[str]) -> LoadedTokenizer:
+    """Loads a model's tokenizer and config, and no weights; from the hub none are fetched.
+
+    Args:
+        source: As for `load`; a directory needs no safetensors.
+
+    Returns:
+        Both.
+
+    Raises:
+        UserError: As `load`, of the tokenizer and the config.
+
+    Example:
+        >>> load_tokenizer("nowhere/at-all.gguf")
+        Traceback (most recent call last):
+        ...
+        uld_jax.errors.UserError: nowhere/at-all.gguf: no such file; ...
+    """
+    path = _locate(str(source), [name for name in FILES if name != WEIGHTS])
+    if path.suffix == ".gguf":
+        found = LoadedTokenizer(tokenizer_from_gguf(path), GgufSource(path).config)
+    else:
+        found = LoadedTokenizer(_read_tokenizer(path), read_model_config(path))
+    _check_tokenizer(found.tokenizer, found.config.vocab_size, str(source))
+    return found
+
+
+def weights_fingerprint(source: str | os.PathLike[str]) -> str:
+    """Tells a model's weights from others without reading all of them.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        SHA-256 over the size, the first and the last MiB of each file of weights, hexadecimal.
+
+    Raises:
+        UserError: Nothing there.
+    """
+    path = _locate(str(source), FILES)
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.glob(WEIGHTS)):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            head = opened.read(1 << 20)
+            opened.seek(max(0, size - (1 << 20)))
+            digest.update(f"{size}:".encode() + head + opened.read())
+    return digest.hexdigest()
+
+
 def _open_source(source: str) -> tuple[TensorSource, transformers.PreTrainedTokenizerFast]:
+    path = _locate(source, FILES)
+    if path.suffix == ".gguf":
+        return GgufSource(path), tokenizer_from_gguf(path)
+    return SafetensorsSource(path), _read_tokenizer(path)
+
+
+def _locate(source: str, patterns: list[str]) -> Path:
+    """The GGUF file or the directory, fetched from the hub if need be."""
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
             raise UserError(
                 f"{source}: no such file; launch/fetch_models.sh gets the quickstart's two models"
             )
-        return GgufSource(path), tokenizer_from_gguf(path)
-    if not path.is_dir():
-        if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise UserError(f"{source}: no such directory, and not a hub id like 'owner/name'")
-        try:
-            path = Path(snapshot_download(source, allow_patterns=FILES))
-            if not any(path.glob("*.safetensors")):
-                # Pickled files are not fetched; whether there are any, the hub says.
-                names = [file.rfilename for file in HfApi().model_info(source).siblings or ()]
-                if pickled := sorted(name for name in names if name.endswith(".bin")):
-                    target = f"{source.split('/')[1]}-safetensors"
-                    refuse_pickles(f"{source}/model.safetensors", pickled, source, target)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{source}: no such directory here, and the hub did not give it: {reason}"
-            ) from error
-    return SafetensorsSource(path), _read_tokenizer(path)
+        return path
+    if path.is_dir():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"{source}: no such directory, and not a hub id like 'owner/name'")
+    try:
+        path = Path(snapshot_download(source, allow_patterns=patterns))
+        if WEIGHTS in patterns and not any(path.glob(WEIGHTS)):
+            # Pickled files are not fetched; whether there are any, the hub says.
+            names = [file.rfilename for file in HfApi().model_info(source).siblings or ()]
+            if pickled := sorted(name for name in names if name.endswith(".bin")):
+                target = f"{source.split('/')[1]}-safetensors"
+                refuse_pickles(f"{source}/model.safetensors", pickled, source, target)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{source}: no such directory here, and the hub did not give it: {reason}"
+        ) from error
+    return path
 
 
 def abstract_decoder(config: DecoderConfig, policy: Policy, param_dtype: Any) -> Decoder:

@@ -12,7 +12,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from uld_jax.errors import UserError
-from uld_jax.models.families import by_model_type, config_of_hf
+from uld_jax.models.config import DecoderConfig
+from uld_jax.models.families import Family, by_model_type, config_of_hf
 from uld_jax.models.reading import Box
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -41,17 +42,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        config = _read_json(directory / "config.json")
-        where = str(directory / "config.json")
-        if "auto_map" in config:
-            where += " (whose own code, for trust_remote_code, is never run)"
-        if config.get("quantization_config"):
-            raise UserError(
-                f"{where}: quantization_config {config['quantization_config']!r} is not supported; "
-                "load the unquantised model, and quantise it with config.teacher.quantize"
-            )
-        self.family = by_model_type(str(config.get("model_type")), where)
-        hf_config = _read_config(directory)
+        self.family = _family(directory)
         # By its present name, for each tensor.
         self._stored = {
             self.family.tensor_name(stored.name): stored
@@ -59,7 +50,7 @@ class SafetensorsSource:
             if not stored.name.endswith(self.family.ignored or ("\0",))
         }
         self.shapes = {name: stored.shape for name, stored in self._stored.items()}
-        self.config = config_of_hf(self.family, hf_config | {"tensors": self.shapes}, where)
+        self.config = _config(directory, self.family, {"tensors": self.shapes})
         odd = {n: stored.kind for n, stored in self._stored.items() if stored.kind not in FLOATS}
         if odd:
             name, kind = min(odd.items())
@@ -75,6 +66,43 @@ class SafetensorsSource:
         with _open(stored.file) as file:
             tensor = file.get_slice(stored.name)
             return [tensor[tuple(slice(*bounds) for bounds in box)] for box in boxes]
+
+
+def read_model_config(directory: Path) -> DecoderConfig:
+    """What a directory's config.json says, where its weights are not to be looked at.
+
+    Args:
+        directory: With config.json.
+
+    Returns:
+        The config; of a T5 that says nothing of its head, whether it is tied is not known.
+
+    Raises:
+        UserError: As `SafetensorsSource`.
+    """
+    return _config(directory, _family(directory), {})
+
+
+def _family(directory: Path) -> Family:
+    config = _read_json(directory / "config.json")
+    where = _where(directory, config)
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where}: quantization_config {config['quantization_config']!r} is not supported; "
+            "load the unquantised model, and quantise it with config.teacher.quantize"
+        )
+    return by_model_type(str(config.get("model_type")), where)
+
+
+def _config(directory: Path, family: Family, more: dict[str, Any]) -> DecoderConfig:
+    hf_config = _read_config(directory)
+    where = _where(directory, _read_json(directory / "config.json"))
+    return config_of_hf(family, hf_config | more, where)
+
+
+def _where(directory: Path, config: Mapping[str, Any]) -> str:
+    own_code = " (whose own code, for trust_remote_code, is never run)"
+    return f"{directory / 'config.json'}{own_code if 'auto_map' in config else ''}"
 
 
 def _stored_tensors(directory: Path) -> list[_Stored]:

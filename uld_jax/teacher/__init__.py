@@ -1,10 +1,13 @@
 """What the teacher gives: answers to train on, and the signals of one that a server runs."""
 
+from uld_jax.teacher.build_cache import SignalOptions, Work, write_signals
 from uld_jax.teacher.completions import CompletionsClient, Server
 from uld_jax.teacher.echo import ServedSignal, ServedText
 from uld_jax.teacher.generate import generate_answers
+from uld_jax.teacher.provenance import open_cache, provenance, read_answers, teacher_texts
 from uld_jax.teacher.server import FetchOptions, served_signals
 from uld_jax.teacher.server_check import ServerCheck, check_server
+from uld_jax.teacher.signals import TopProbabilities, top_probabilities
 
 __all__ = [
     "CompletionsClient",
@@ -13,7 +16,16 @@ __all__ = [
     "ServedText",
     "Server",
     "ServerCheck",
+    "SignalOptions",
+    "TopProbabilities",
+    "Work",
     "check_server",
     "generate_answers",
+    "open_cache",
+    "provenance",
+    "read_answers",
     "served_signals",
+    "teacher_texts",
+    "top_probabilities",
+    "write_signals",
 ]

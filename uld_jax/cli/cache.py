@@ -1,0 +1,215 @@
+"""`uld-jax cache`: the teacher's signals on the training data, for runs without a teacher."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from uld_jax import models
+from uld_jax.cli import compose
+from uld_jax.cli.compose import progress_bar, say
+from uld_jax.config import RunConfig
+from uld_jax.data import Encoded, Example, Side, SignalWriter
+from uld_jax.data.signal_writer import ANSWERS
+from uld_jax.errors import UserError
+from uld_jax.sharding import make_mesh
+from uld_jax.teacher import SignalOptions, Work, generate_answers, write_signals
+from uld_jax.teacher.provenance import (
+    RECORDED,
+    provenance,
+    read_answers,
+    save_answers,
+    teacher_texts,
+)
+
+
+@dataclasses.dataclass
+class _Job:
+    """What the stages share; the weights are loaded when the first of them is needed."""
+
+    config: RunConfig
+    output: Path
+    examples: Sequence[Example]
+    known: models.LoadedTokenizer
+    mesh: Mesh
+    loaded: models.LoadedModel | None = None
+
+    @property
+    def side(self) -> Side:
+        return compose.side_of(self.config.teacher, self.known)
+
+    @property
+    def about(self) -> tuple[RunConfig, models.LoadedTokenizer, Side, Sequence[Example]]:
+        return self.config, self.known, self.side, self.examples
+
+    def teacher(self) -> models.LoadedModel:
+        if self.loaded is None:
+            self.loaded = compose.load_model("teacher", self.config.teacher, self.mesh)
+        return self.loaded
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fills the output directory, or continues one that was left unfinished.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    config = compose.run_config(args)
+    output = Path(args.output)
+    known = models.load_tokenizer(config.teacher.source)
+    examples = compose.load_split(config, "train")
+    job = _Job(config, output, examples, known, _own_mesh(config))
+    answers = _answers(job)
+    texts = teacher_texts(examples, answers, job.side, seed=config.data.seed)
+    left_out = [
+        ("with an empty answer", texts.count("empty_answer")),
+        (
+            f"over teacher.max_length={config.teacher.max_length}",
+            sum(isinstance(text, str) for text in texts) - texts.count("empty_answer"),
+        ),
+    ]
+    message = compose.limit_message(left_out)
+    if not any(isinstance(text, Encoded) for text in texts):
+        raise UserError(
+            f"none of {len(examples)} examples is left; {message}: set "
+            "--config.teacher.max_length higher, or --config.teacher.shots lower"
+        )
+    if message:
+        say(message)
+    writer = _writer(job, provenance(*job.about, answers, texts))
+    work = _fill(job, writer, texts)
+    _together("signals")
+    if jax.process_index() == 0:
+        _report(writer.finish(), work, output)
+
+
+def _own_mesh(config: RunConfig) -> Mesh:
+    """This process's devices: each process has a whole teacher and needs no other."""
+    sizes = config.mesh
+    if jax.process_count() == 1:
+        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    data = sizes.data if -1 in (sizes.fsdp, sizes.tensor) else -1
+    return make_mesh(data, sizes.fsdp, sizes.tensor, devices=jax.local_devices())
+
+
+def _answers(job: _Job) -> dict[str, str]:
+    """The data set's answers, or the teacher's, which are kept beside the signals."""
+    if job.config.data.answers == "gold":
+        return {example.id: example.answers[0] for example in job.examples}
+    path = job.output / ANSWERS
+    if not path.is_file() and jax.process_index() == 0:
+        if job.output.exists() and not (job.output.is_dir() and _is_free(job.output)):
+            raise UserError(
+                f"--output={job.output}: holds something else; choose another directory"
+            )
+        with progress_bar("the teacher answers", len(job.examples)) as progress:
+            answers = generate_answers(
+                job.teacher(),
+                job.examples,
+                job.side,
+                pool=job.examples,
+                seed=job.config.data.seed,
+                max_new_tokens=job.config.teacher.max_new_tokens,
+                batch_size=job.config.teacher.batch_size,
+                progress=progress,
+            )
+        save_answers(job.output, answers, *job.about)
+    _together("answers")
+    return read_answers(job.output, *job.about)
+
+
+def _is_free(directory: Path) -> bool:
+    return all(path.name.startswith(".") for path in directory.iterdir())
+
+
+def _writer(job: _Job, about: dict[str, Any]) -> SignalWriter:
+    teacher = job.config.teacher
+    recorded = {
+        "weights": models.weights_fingerprint(teacher.source),
+        # They decide how sums are rounded.
+        "batch_size": teacher.batch_size,
+        "chunk_size": job.config.loss.chunk_size,
+        "cache_ids": teacher.cache_ids,
+    }
+
+    def claim() -> SignalWriter:
+        return SignalWriter(
+            job.output,
+            about | {RECORDED + name: value for name, value in recorded.items()},
+            total=len(job.examples),
+            epsilon=teacher.cache_epsilon,
+            cap=teacher.cache_cap,
+            shard_size=teacher.cache_shard_size,
+        )
+
+    if jax.process_index() == 0:
+        # The first makes the directory; then the others find it theirs.
+        writer = claim()
+        _together("directory")
+        return writer
+    _together("directory")
+    return claim()
+
+
+def _fill(job: _Job, writer: SignalWriter, texts: Sequence[Encoded | str]) -> Work:
+    rank, count = jax.process_index(), jax.process_count()
+    mine = [shard for shard in writer.missing_shards() if shard % count == rank]
+    if not mine:
+        return Work()
+    config = job.config
+    options = SignalOptions(
+        epsilon=config.teacher.cache_epsilon,
+        cap=config.teacher.cache_cap,
+        temperature=config.loss.teacher_temperature,
+        ids=config.teacher.cache_ids,
+        batch_size=config.teacher.batch_size,
+        chunk_size=config.loss.chunk_size,
+    )
+    teacher = job.teacher()
+    total = sum(len(writer.examples_of(shard)) for shard in mine)
+    with progress_bar("the teacher reads", total) as progress:
+        return write_signals(
+            teacher,
+            [example.id for example in job.examples],
+            texts,
+            writer,
+            options,
+            mesh=job.mesh,
+            shards=mine,
+            progress=progress,
+        )
+
+
+def _together(stage: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"uld-jax cache: {stage}")
+
+
+def _report(manifest: dict[str, Any], work: Work, output: Path) -> None:
+    if work.seconds:
+        say(
+            f"read {work.tokens:,} tokens, {work.positions:,} of them answers, in "
+            f"{work.seconds:.0f} s: {work.tokens / work.seconds:,.0f} tokens/s"
+        )
+    positions = max(manifest["positions"], 1)
+    say(
+        f"{manifest['examples']:,} examples, {manifest['positions']:,} answer positions: "
+        f"{manifest['record_bytes'] / positions:.1f} bytes each, "
+        f"{manifest['bytes'] / positions:.1f} with the files' padding; "
+        f"{manifest['mean_count']:,.0f} probabilities on average"
+    )
+    say(
+        f"certified error of ULD: {manifest['mean_error']:.2g} on average, "
+        f"{manifest['max_error']:.2g} at most; {manifest['over_bound']} positions over "
+        f"{manifest['error_bound']:.2g}, which teacher.cache_cap={manifest['cap']} cuts short"
+    )
+    say(f"cache: {output}")
