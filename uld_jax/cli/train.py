@@ -11,6 +11,7 @@ import jax
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
+from uld_jax.cli.teachers import Teacher, cached_answers, load_teachers, open_signals
 from uld_jax.config import RunConfig
 from uld_jax.data import Example, Loader, Side, encode_pairs, encode_prompts, make_loader
 from uld_jax.errors import UserError
@@ -31,7 +32,7 @@ class _Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     student: models.LoadedModel
-    teachers: list[models.LoadedModel]
+    teachers: list[Teacher]
     train_set: list[Example]
     eval_set: list[Example]
 
@@ -65,14 +66,13 @@ def run(args: argparse.Namespace) -> None:
     config = compose.run_config(args)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
-    teachers = [
-        compose.load_model(name, each, mesh) for name, each in config.teacher_groups().items()
-    ]
+    teachers = load_teachers(config, mesh)
     student = compose.load_student(config, None, mesh)
     workdir = Path(args.workdir)
     job = _Run(config, workdir, mesh, student, teachers, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
-    loader = _loader(job, _gold(job)) if config.data.answers == "gold" else None
+    answers = cached_answers(config, teachers[0], train_set)
+    loader = None if answers is None else _loader(job, answers)
     if loader is None:
         _check_prompts(job)
     compose.claim_workdir(args.workdir, config)
@@ -113,17 +113,13 @@ def _measure(job: _Run, when: str) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
-def _gold(job: _Run) -> dict[str, str]:
-    """The data set's own answers."""
-    return {example.id: example.answers[0] for example in job.train_set}
-
-
 def _ask(job: _Run) -> dict[str, str]:
     """The teacher's answers."""
-    config = job.config
+    config, teacher = job.config, job.teachers[0]
+    assert isinstance(teacher, models.LoadedModel)
     with progress_bar("the teacher answers the training questions", len(job.train_set)) as progress:
         return generate_answers(
-            job.teachers[0],
+            teacher,
             job.train_set,
             job.teacher_sides[0],
             pool=job.train_set,
@@ -169,7 +165,7 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         answer_room=on_policy.answer_room if (on_policy := _on_policy(job)) else 0,
-        signals=[None for _ in job.teachers],
+        signals=open_signals(config, job.teachers, job.teacher_sides, job.train_set, answers),
         convention=config.loss.convention,
         skip_student_eos=config.loss.skip_student_eos,
         skip_teacher_eos=config.loss.skip_teacher_eos,
@@ -217,7 +213,7 @@ def _distil(job: _Run, loader: Loader) -> models.Decoder:
 
         return fit(
             job.student.model,
-            [teacher.model for teacher in job.teachers],
+            [t.model if isinstance(t, models.LoadedModel) else None for t in job.teachers],
             loader,
             job.config,
             mesh=job.mesh,

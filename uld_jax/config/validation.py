@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from uld_jax.config.convert import flatten, raise_all
 from uld_jax.config.fields import value_error
-from uld_jax.config.schema import MeshConfig, RunConfig
+from uld_jax.config.schema import MeshConfig, RunConfig, TeacherConfig
 
 
 def validate(config: RunConfig, *, device_count: int | None = None) -> list[str]:
@@ -40,17 +40,9 @@ got ''; set --config.student.source=..."
             "student.lora_targets: expected nothing where student.lora_rank is 0 (train all "
             f"weights), got {config.student.lora_targets!r}; set --config.student.lora_rank=8"
         )
-    if sound("teacher.mode") and config.teacher.mode == "cache" and not config.teacher.cache:
-        errors.append(
-            "teacher.cache: expected the directory of a teacher cache where teacher.mode is "
-            "cache, got ''; make one with `uld-jax cache --output=DIR` and set "
-            "--config.teacher.cache=DIR"
-        )
-    if sound("teacher.cache_") and config.teacher.cache_ids > config.teacher.cache_cap:
-        errors.append(
-            f"teacher.cache_ids: expected at most teacher.cache_cap = {config.teacher.cache_cap}, "
-            f"got {config.teacher.cache_ids}; set --config.teacher.cache_cap higher"
-        )
+    for name, teacher in config.teacher_groups().items():
+        if sound(f"{name}."):
+            errors += _cache_errors(name, teacher, config.train.on_policy_fraction)
     errors += [
         _no_room(answer, length, values[answer], values[length])
         for answer, length in (
@@ -91,6 +83,26 @@ def resolve(
     """
     raise_all([*errors, *validate(config, device_count=device_count)])
     return config
+
+
+def _cache_errors(name: str, teacher: TeacherConfig, on_policy_fraction: float) -> list[str]:
+    errors = []
+    if teacher.mode == "cache" and not teacher.cache:
+        errors.append(
+            f"{name}.cache: expected the directory of a teacher cache where {name}.mode is cache, "
+            f"got ''; make one with `uld-jax cache --output=DIR` and set --config.{name}.cache=DIR"
+        )
+    if teacher.mode == "cache" and on_policy_fraction:
+        errors.append(
+            f"{name}.mode: expected online where train.on_policy_fraction is above 0, for a cache "
+            "has nothing on new answers, got 'cache'; set --config.train.on_policy_fraction=0"
+        )
+    if teacher.cache_ids > teacher.cache_cap:
+        errors.append(
+            f"{name}.cache_ids: expected at most {name}.cache_cap = {teacher.cache_cap}, "
+            f"got {teacher.cache_ids}; set --config.{name}.cache_cap higher"
+        )
+    return errors
 
 
 def _no_room(answer: str, length: str, new_tokens: int, max_length: int) -> str:

@@ -158,5 +158,7 @@ class _Top:
 
 def _top_k(x_CU: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     # Without the barrier XLA takes a slice of the result from the sort that top_k stands for, and
-    # then sorts the whole vocabulary: 60 ms a row of 262,144 on a CPU, not 1 to 5.
-    return lax.optimization_barrier(tuple(lax.top_k(x_CU, k)))
+    # then sorts the whole vocabulary: 60 ms a row of 262,144 on a CPU, not 1 to 5. One for each
+    # array: XLA's decomposer of top_k dies of a barrier around the pair (jaxlib 0.10.2).
+    values_CK, ids_CK = lax.top_k(x_CU, k)
+    return lax.optimization_barrier(values_CK), lax.optimization_barrier(ids_CK)

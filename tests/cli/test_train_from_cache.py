@@ -1,0 +1,129 @@
+"""Training from stored signals: no teacher in memory, the same run as with it, within the bound."""
+
+import json
+import shutil
+
+import pytest
+
+from uld_jax import models
+from uld_jax.cli.main import main
+
+# Epsilon so small that nothing is left out, and online with the exact method too.
+EXACT = ("--config.loss.method=sort", "--config.teacher.cache_epsilon=0.0001")
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def from_cache(directory):
+    return ("--config.teacher.mode=cache", f"--config.teacher.cache={directory}")
+
+
+@pytest.fixture(scope="module", params=["gold", "teacher"])
+def runs(request, tiny, tmp_path_factory):
+    """The flags, a cache, and the workdirs of the run with the teacher and of that without."""
+    root = tmp_path_factory.mktemp(request.param)
+    flags = (tiny.config, *EXACT, f"--config.data.answers={request.param}")
+    cache, online, offline = root / "cache", root / "online", root / "offline"
+    assert main(["cache", *flags, f"--output={cache}"]) == 0
+    assert main(["train", *flags, f"--workdir={online}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        loaded = []
+        load = models.load
+        patch.setattr(
+            models, "load", lambda source, **more: loaded.append(source) or load(source, **more)
+        )
+        assert main(["train", *flags, *from_cache(cache), f"--workdir={offline}"]) == 0
+    return flags, cache, online, offline, loaded
+
+
+def test_the_teacher_is_not_loaded(runs, tiny):
+    assert runs[-1] == [str(tiny.root / "student")]
+
+
+def test_every_step_is_as_with_the_teacher_within_the_certified_error(runs):
+    _, _, online, offline, _ = runs
+    pairs = [*zip(rows_of(online), rows_of(offline), strict=True)]
+    assert len(pairs) == 4
+    for with_teacher, without in pairs:
+        # The first step has the same student; later ones drift apart by what each step adds.
+        assert without["uld_error"] < 2e-3
+        allowed = without["uld_error"] * (1 if with_teacher["step"] == 1 else 20)
+        assert abs(with_teacher["uld"] - without["uld"]) <= allowed
+        assert with_teacher["cross_entropy"] == pytest.approx(without["cross_entropy"], abs=0.01)
+
+
+def test_a_resumed_run_ends_the_same(runs, uld, tmp_path):
+    *_, offline, _ = runs
+    again = tmp_path / "again"
+    shutil.copytree(offline, again)
+    for left in ("student", "checkpoints/4"):
+        shutil.rmtree(again / left)
+    (again / "after.json").unlink()
+    assert uld("train", f"--workdir={again}").status == 0
+    name = "student/model.safetensors"
+    assert (again / name).read_bytes() == (offline / name).read_bytes()
+
+
+def changed_byte(cache):
+    path = sorted(cache.glob("*.array_record"))[0]
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(cache):
+    path = sorted(cache.glob("*.array_record"))[0]
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(changed_byte, "has sha256"), (cut_short, "bytes, expected")]
+)
+def test_a_damaged_cache_is_refused_at_once(runs, uld, tmp_path, damage, message):
+    flags, cache, *_ = runs
+    shutil.copytree(cache, tmp_path / "cache")
+    damage(tmp_path / "cache")
+    result = uld("train", *flags, *from_cache(tmp_path / "cache"), f"--workdir={tmp_path / 'run'}")
+    assert result.status == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.loss.teacher_temperature=2", "loss.teacher_temperature is 1.0, expected 2.0"),
+        ("--config.teacher.shots=1", "teacher.shots is 0, expected 1"),
+        ("--config.teacher.source={student}", "tokenizer is "),
+        ("--config.data.train_examples=7", "data is "),
+        ("--config.teacher.dtype=bfloat16", "teacher.dtype is 'float32', expected 'bfloat16'"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(runs, tiny, uld, tmp_path, flag, message):
+    flags, cache, *_ = runs
+    flag = flag.format(student=tiny.root / "student")
+    result = uld("train", *flags, *from_cache(cache), flag, f"--workdir={tmp_path / 'run'}")
+    assert result.status == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_teachers_one_of_them_cached(runs, tiny, uld, tmp_path):
+    flags, cache, online, *_ = runs
+    extra = (
+        f"--config.extra_teachers.0.source={tiny.root / 'teacher'}",
+        "--config.extra_teachers.0.max_length=256",
+        "--config.extra_teachers.0.mode=cache",
+        f"--config.extra_teachers.0.cache={cache}",
+        "--config.train.max_steps=1",
+    )
+    assert uld("train", *flags, *extra, f"--workdir={tmp_path / 'run'}").status == 0
+    (row,) = rows_of(tmp_path / "run")
+    expected = rows_of(online)[0]
+    assert row["uld_0"] == pytest.approx(expected["uld"], rel=1e-5)
+    assert row["uld_1"] == pytest.approx(expected["uld"], abs=2 * row["uld_error"])
+    assert row["uld"] == pytest.approx((row["uld_0"] + row["uld_1"]) / 2, rel=1e-5)

@@ -1,0 +1,90 @@
+"""What a run has of its teachers: models, or their tokenizers and what they have said before."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh
+
+from uld_jax import models
+from uld_jax.cli import compose
+from uld_jax.config import RunConfig
+from uld_jax.data import Example, Side, SignalStore
+from uld_jax.teacher.provenance import open_cache, provenance, read_answers, teacher_texts
+
+Teacher = models.LoadedModel | models.LoadedTokenizer
+
+
+def load_teachers(config: RunConfig, mesh: Mesh) -> list[Teacher]:
+    """Loads every teacher, or of one whose signals are cached the tokenizer alone.
+
+    Args:
+        config: The run.
+        mesh: Where parameters go.
+
+    Returns:
+        As many as `config.teachers`.
+    """
+    return [
+        models.load_tokenizer(each.source)
+        if each.mode == "cache"
+        else compose.load_model(name, each, mesh)
+        for name, each in config.teacher_groups().items()
+    ]
+
+
+def cached_answers(
+    config: RunConfig, teacher: Teacher, examples: Sequence[Example]
+) -> dict[str, str] | None:
+    """The answers to train on, where they are known without asking the teacher.
+
+    Args:
+        config: The run.
+        teacher: The one that writes answers.
+        examples: The training split.
+
+    Returns:
+        Answer by example id; None where the teacher has yet to be asked.
+
+    Raises:
+        UserError: A cache that is to have them has none, or others.
+    """
+    if config.data.answers == "gold":
+        return {example.id: example.answers[0] for example in examples}
+    if config.teacher.mode != "cache":
+        return None
+    side = compose.side_of(config.teacher, teacher)
+    return read_answers(config.teacher.cache, config, teacher, side, examples)
+
+
+def open_signals(
+    config: RunConfig,
+    teachers: Sequence[Teacher],
+    sides: Sequence[Side],
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+) -> list[SignalStore | None]:
+    """Opens the caches, each known to be of its teacher, of these examples and answers.
+
+    Args:
+        config: The run.
+        teachers: From `load_teachers`.
+        sides: How each is prompted.
+        examples: The training split.
+        answers: Answer by example id.
+
+    Returns:
+        For each teacher its cache; None for one that is asked.
+
+    Raises:
+        UserError: A cache is of something else, unfinished or damaged.
+    """
+    stores: list[SignalStore | None] = []
+    for each, teacher, side in zip(config.teachers, teachers, sides, strict=True):
+        if each.mode != "cache":
+            stores.append(None)
+            continue
+        texts = teacher_texts(examples, answers, side, seed=config.data.seed)
+        own = dataclasses.replace(config, teacher=each)
+        expected = provenance(own, teacher, side, examples, answers, texts)
+        stores.append(open_cache(each.cache, expected))
+    return stores
