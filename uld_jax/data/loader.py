@@ -229,7 +229,7 @@ def make_loader(
         UserError: There are no pairs, or the sizes do not divide.
     """
     _check(pairs, batch_size, epochs, buckets, micro_batches, groups, process_count)
-    lengths = np.array([_row_lengths(pair, answer_room, signals) for pair in pairs])
+    lengths = np.array([_row_lengths(pair, answer_room) for pair in pairs])
     answer_lengths = np.array([max(len(pair.student.answer), answer_room) for pair in pairs])
     bucket_of = assign_buckets(lengths.sum(axis=1), buckets)
     sizes = np.stack([lengths[bucket_of == b].max(axis=0) for b in range(bucket_of.max() + 1)])
@@ -239,19 +239,10 @@ def make_loader(
         for batch in _plan_epoch(lengths, bucket_of, sizes, batch_size, (seed, epoch))
     ]
     positions = _positions(plan, answer_lengths, len(sizes), micro_batches * groups)
+    padded = _round_up(sizes, length_multiple).reshape(len(sizes), -1, 2).tolist()
     shapes = tuple(
-        BatchShape(
-            size[0][0],
-            tuple(length for length, _ in size[1:]),
-            _round_up(most, position_multiple),
-            size[0][1],
-            tuple(length for _, length in size[1:]),
-        )
-        for size, most in zip(
-            _round_up(sizes, length_multiple).reshape(len(sizes), -1, 2).tolist(),
-            positions.tolist(),
-            strict=True,
-        )
+        _shape(lengths, _round_up(most, position_multiple), signals)
+        for lengths, most in zip(padded, positions.tolist(), strict=True)
     )
     options = {
         "signals": signals,
@@ -265,13 +256,32 @@ def make_loader(
     return Loader(pairs, plan, shapes, layout, answer_room, options)
 
 
-def _row_lengths(pair: Pair, answer_room: int, signals: Sequence[SignalStore | None]) -> list[int]:
-    """Tokens of the row and of its encoder, of the student and then of each teacher."""
+def _row_lengths(pair: Pair, answer_room: int) -> list[int]:
+    """Tokens of the row and of its encoder, of the student and then of each teacher.
+
+    Of a teacher with a cache too: batches are the same whether it reads or has read.
+    """
     lengths = []
-    for read, store in zip((pair.student, *pair.teachers), (None, *signals), strict=True):
+    for read in (pair.student, *pair.teachers):
         room = len(read.tokens) + max(answer_room - len(read.answer), 0)
-        lengths += [room, len(read.encoder)] if store is None else [0, 0]
+        lengths += [room, len(read.encoder)]
     return lengths
+
+
+def _shape(
+    lengths: Sequence[tuple[int, int]], positions: int, signals: Sequence[SignalStore | None]
+) -> BatchShape:
+    (student, student_encoder), *teachers = lengths
+    read = [
+        (0, 0) if store is not None else both for both, store in zip(teachers, signals, strict=True)
+    ]
+    return BatchShape(
+        student,
+        tuple(length for length, _ in read),
+        positions,
+        student_encoder,
+        tuple(length for _, length in read),
+    )
 
 
 def assign_buckets(costs_P: np.ndarray, buckets: int) -> np.ndarray:
