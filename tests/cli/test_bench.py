@@ -134,7 +134,7 @@ WHOLE = "expected a whole number of at least"
         ("--repeats=0", f"--repeats: {WHOLE} 1, found '0'"),
         ("--seed=-1", f"--seed: {WHOLE} 0, found '-1'"),
         ("--logits=flat", "--logits: unknown 'flat'; expected one of normal, peaked"),
-        ("--config.data.seed=3", "bench has no config"),
+        ("--config.data.seed=3", "bench losses has no config"),
     ],
 )
 def test_bad_flags_of_losses(refused, flag, message):
@@ -284,7 +284,7 @@ def test_models_without_torch(uld, tiny, tmp_path, monkeypatch, target):
         ("generate", "--new-tokens=0", f"--new-tokens: {WHOLE} 1, found '0'"),
         ("generate", "--new-tokens=2040", "--prompt-length and --new-tokens: 2072 positions, but"),
         ("generate", "--repeats=0", f"--repeats: {WHOLE} 1, found '0'"),
-        ("generate", "--config.data.seed=3", "bench has no config"),
+        ("generate", "--config.data.seed=3", "bench generate has no config"),
     ],
 )
 def test_bad_flags_of_models(refused, tiny, target, flag, message):

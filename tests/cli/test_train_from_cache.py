@@ -127,3 +127,27 @@ def test_two_teachers_one_of_them_cached(runs, tiny, uld, tmp_path):
     assert row["uld_0"] == pytest.approx(expected["uld"], rel=1e-5)
     assert row["uld_1"] == pytest.approx(expected["uld"], abs=2 * row["uld_error"])
     assert row["uld"] == pytest.approx((row["uld_0"] + row["uld_1"]) / 2, rel=1e-5)
+
+
+def test_bench_compares_steps_with_and_without_the_teacher(runs, uld, tmp_path):
+    flags, cache, online, *_ = runs
+    result = uld(
+        "bench", "cache", *flags, *from_cache(cache), "--batches=2", f"--output={tmp_path / 'out'}"
+    )
+    assert result.status == 0, result.err
+    (case,) = json.loads((tmp_path / "out" / "cache.json").read_text())["cases"]
+    first, second = case["batches"]
+    assert first["uld"] == pytest.approx(rows_of(online)[0]["uld"], rel=1e-5)
+    for row in (first, second):
+        assert row["error"] == pytest.approx(1.5 * abs(row["uld"] - row["uld_cache"]))
+        assert row["error"] <= row["bound"] < 3e-3
+        assert 0.999 < row["cosine"] < 1.000001
+        assert row["tokens"]["online"] > row["tokens"]["cache"] > 0
+    ratios = [row["seconds"]["online"] / row["seconds"]["cache"] for row in (first, second)]
+    assert case["ratio"] == pytest.approx(sum(ratios) / 2)
+    assert "steps with the teacher and from its cache" in result.out
+    refused = uld("bench", "cache", *flags)
+    assert refused.status == 2
+    assert "teacher.mode: expected cache, got 'online'" in refused.err
+    many = uld("bench", "cache", *flags, *from_cache(cache), "--batches=99")
+    assert "--batches: expected at most the run's 4 steps, got 99" in many.err

@@ -23,6 +23,7 @@ TARGETS = {
     "level-set": "speed and error of the sort-free method by the width of its buckets",
     "step": "time of a train step, beside the same model in PyTorch",
     "generate": "tokens a second of greedy generation, beside the same model in PyTorch",
+    "cache": "loss, gradient and time of steps from a teacher cache, beside those with the teacher",
 }
 # As launch/fetch_models.sh names it.
 STUDENT = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,6 +52,12 @@ def add_parser(commands: Any) -> None:
     for name, summary in TARGETS.items():
         target = targets.add_parser(name, help=summary, description=summary)
         stem = name.replace("-", "_")
+        if name == "cache":
+            target.add_argument("--config", metavar="FILE.py", required=True, help="of the run")
+            target.add_argument("--batches", metavar="N", default="8", help="of the run (8)")
+            target.add_argument("--output", metavar="DIR", help="for cache.json and .md")
+            target.set_defaults(seed="0", repeats="1", workdir=None)
+            continue
         if name in MODEL_FLAGS:
             target.add_argument("--model", metavar="SOURCE", help="the quickstart's student")
             for flag, (default, meaning) in MODEL_FLAGS[name].items():
@@ -92,16 +99,19 @@ def run(args: argparse.Namespace) -> None:
     # Imported here: the parser, which is built from this module, must not wait for JAX.
     from uld_jax.benchmark import plots, report
     from uld_jax.benchmark.losses import LOGITS
+    from uld_jax.benchmark.signals import signals_sheets
     from uld_jax.benchmark.timing import without_compilation_cache
     from uld_jax.cli.compose import console, say
 
-    if args.overrides:
-        raise UserError("bench has no config: leave the --config flags out")
+    if args.overrides and args.target != "cache":
+        raise UserError(f"bench {args.target} has no config: leave the --config flags out")
     settings = {
         "seed": _integer("--seed", args.seed, 0),
         "repeats": _integer("--repeats", args.repeats, 1),
     }
-    if args.target in MODEL_FLAGS:
+    if args.target == "cache":
+        settings |= {"batches": _integer("--batches", args.batches, 1), "config": args.overrides}
+    elif args.target in MODEL_FLAGS:
         settings |= {
             flag.replace("-", "_"): _integer(f"--{flag}", getattr(args, flag.replace("-", "_")), 1)
             for flag in MODEL_FLAGS[args.target]
@@ -113,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
         "level-set": (_level_set, report.level_set_sheets, plots.plot_level_set),
         "step": (_model, report.step_sheets, None),
         "generate": (_model, report.generate_sheets, None),
+        "cache": (_cache, signals_sheets, None),
     }[args.target]
     measurements = prepare(args, settings)
     folder = _claim(args.output) if args.output else None
@@ -153,6 +164,12 @@ def _model(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measureme
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
         raise UserError(f"{flags}: {wanted} positions, but {source} has {room}")
     return [partial(measure_step if step else measure_generate, loaded, **settings)]
+
+
+def _cache(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measurement]:
+    from uld_jax.cli.bench_cache import prepare
+
+    return [prepare(args, settings["batches"])]
 
 
 def _losses(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measurement]:

@@ -25,7 +25,7 @@ PROMPTS_AT_A_TIME = 64
 
 
 @dataclasses.dataclass
-class _Run:
+class Job:
     """What the stages share."""
 
     config: RunConfig
@@ -38,10 +38,12 @@ class _Run:
 
     @property
     def student_side(self) -> Side:
+        """How the student is prompted."""
         return compose.side_of(self.config.student, self.student)
 
     @property
     def teacher_sides(self) -> list[Side]:
+        """How each teacher is prompted."""
         return [
             compose.side_of(config, teacher)
             for config, teacher in zip(self.config.teachers, self.teachers, strict=True)
@@ -69,23 +71,23 @@ def run(args: argparse.Namespace) -> None:
     teachers = load_teachers(config, mesh)
     student = compose.load_student(config, None, mesh)
     workdir = Path(args.workdir)
-    job = _Run(config, workdir, mesh, student, teachers, train_set, eval_set)
+    job = Job(config, workdir, mesh, student, teachers, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
     answers = cached_answers(config, teachers[0], train_set)
-    loader = None if answers is None else _loader(job, answers)
+    loader = None if answers is None else loader_of(job, answers)
     if loader is None:
         _check_prompts(job)
     compose.claim_workdir(args.workdir, config)
     say(f"data: {len(train_set)} training and {len(eval_set)} held-out questions")
     before = reuse_or_make(workdir / "before.json", lambda: _measure(job, "before training"))
     if loader is None:
-        loader = _loader(job, reuse_or_make(workdir / "teacher_answers.json", lambda: _ask(job)))
+        loader = loader_of(job, reuse_or_make(workdir / "teacher_answers.json", lambda: _ask(job)))
     job.student = dataclasses.replace(student, model=_distil(job, loader))
     after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
     _save(job, before, after, steps=step_count(loader, config))
 
 
-def _check_prompts(job: _Run) -> None:
+def _check_prompts(job: Job) -> None:
     """Refuses a limit that every prompt is over; reads no further than the first that is not."""
     for name, side in job.sides.items():
         lengths = (
@@ -106,14 +108,14 @@ def _check_prompts(job: _Run) -> None:
             )
 
 
-def _measure(job: _Run, when: str) -> dict[str, Any]:
+def _measure(job: Job, when: str) -> dict[str, Any]:
     """Scores and answers of the student on the held-out questions."""
     title = f"held-out questions {when}"
     result = compose.measure(job.config, job.student, job.train_set, job.eval_set, title=title)
     return dataclasses.asdict(result)
 
 
-def _ask(job: _Run) -> dict[str, str]:
+def _ask(job: Job) -> dict[str, str]:
     """The teacher's answers."""
     config, teacher = job.config, job.teachers[0]
     assert isinstance(teacher, models.LoadedModel)
@@ -130,8 +132,16 @@ def _ask(job: _Run) -> dict[str, str]:
         )
 
 
-def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
-    """Tokenises question and answer for both models and plans the batches."""
+def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
+    """Tokenises question and answer for all models and plans the batches.
+
+    Args:
+        job: The run.
+        answers: Answer by example id.
+
+    Returns:
+        The batches.
+    """
     config = job.config
     answered = [example for example in job.train_set if example.id in answers]
     pairs, dropped = encode_pairs(
@@ -172,7 +182,7 @@ def _loader(job: _Run, answers: Mapping[str, str]) -> Loader:
     )
 
 
-def _on_policy(job: _Run) -> OnPolicy | None:
+def _on_policy(job: Job) -> OnPolicy | None:
     """What samples answers from the student during training, if the config asks for it."""
     config = job.config
     if not config.train.on_policy_fraction:
@@ -190,7 +200,7 @@ def _on_policy(job: _Run) -> OnPolicy | None:
     )
 
 
-def _distil(job: _Run, loader: Loader) -> models.Decoder:
+def _distil(job: Job, loader: Loader) -> models.Decoder:
     steps = step_count(loader, job.config)
     shapes = ", ".join(
         f"{'+'.join(str(length) for length in shape.lengths)} tokens, "
@@ -223,7 +233,7 @@ def _distil(job: _Run, loader: Loader) -> models.Decoder:
         )
 
 
-def _save(job: _Run, before: dict[str, Any], after: dict[str, Any], *, steps: int) -> None:
+def _save(job: Job, before: dict[str, Any], after: dict[str, Any], *, steps: int) -> None:
     """The Hugging Face directory, the plot, the scores, and the tables on the screen."""
     workdir, export = job.workdir, job.workdir / "student"
     if not export.is_dir():

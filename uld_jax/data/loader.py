@@ -75,6 +75,7 @@ class Loader:
 
     Attributes:
         shapes: The padded sizes of each length bucket.
+        signals: Each teacher's cache, or None.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Loader:
         collate_options: dict[str, Any],
     ) -> None:
         self.shapes = shapes
+        self.signals: Sequence[SignalStore | None] = collate_options["signals"]
         self._pairs = pairs
         self._plan = plan
         self._layout = layout
