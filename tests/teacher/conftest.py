@@ -13,7 +13,7 @@ from flax import nnx
 from uld_jax.teacher import ServedText, Server
 from uld_jax.testing import tiny_config, tiny_model
 
-LENGTH = 96
+LENGTH = 256
 
 
 class Teacher:

@@ -18,7 +18,15 @@ from uld_jax.data import Encoded, Example, Side, SignalWriter
 from uld_jax.data.signal_writer import ANSWERS
 from uld_jax.errors import UserError
 from uld_jax.sharding import make_mesh
-from uld_jax.teacher import SignalOptions, Work, generate_answers, write_signals
+from uld_jax.teacher import (
+    CompletionsClient,
+    Server,
+    SignalOptions,
+    Work,
+    generate_answers,
+    write_served_signals,
+    write_signals,
+)
 from uld_jax.teacher.provenance import (
     RECORDED,
     provenance,
@@ -63,6 +71,12 @@ def run(args: argparse.Namespace) -> None:
         UserError: Bad input of any kind.
     """
     config = compose.run_config(args)
+    if config.teacher.server and config.data.answers == "teacher":
+        raise UserError(
+            "data.answers: expected gold where teacher.server is set, for a server is asked about "
+            "answers and not for them, got teacher; set --config.data.answers=gold and "
+            "--config.data.source to questions with the answers to train on"
+        )
     output = Path(args.output)
     known = models.load_tokenizer(config.teacher.source)
     examples = compose.load_split(config, "train")
@@ -85,7 +99,11 @@ def run(args: argparse.Namespace) -> None:
     if message:
         say(message)
     writer = _writer(job, provenance(*job.about, answers, texts))
-    work = _fill(job, writer, texts)
+    work = Work()
+    if not config.teacher.server:
+        work = _fill(job, writer, texts)
+    elif jax.process_index() == 0:
+        _ask_server(job, writer, texts)
     _together("signals")
     if jax.process_index() == 0:
         _report(writer.finish(), work, output)
@@ -132,8 +150,10 @@ def _is_free(directory: Path) -> bool:
 
 def _writer(job: _Job, about: dict[str, Any]) -> SignalWriter:
     teacher = job.config.teacher
-    recorded = {
-        "weights": models.weights_fingerprint(teacher.source),
+    recorded: dict[str, Any] = {
+        "weights": f"{teacher.server_model}, the {teacher.server_top_k} likeliest tokens"
+        if teacher.server
+        else models.weights_fingerprint(teacher.source),
         # They decide how sums are rounded.
         "batch_size": teacher.batch_size,
         "chunk_size": job.config.loss.chunk_size,
@@ -186,6 +206,39 @@ def _fill(job: _Job, writer: SignalWriter, texts: Sequence[Encoded | str]) -> Wo
             shards=mine,
             progress=progress,
         )
+
+
+def _ask_server(job: _Job, writer: SignalWriter, texts: Sequence[Encoded | str]) -> None:
+    teacher = job.config.teacher
+    server = Server(
+        teacher.server,
+        teacher.server_model,
+        top_k=teacher.server_top_k,
+        api_key_env=teacher.server_key_env,
+        concurrency=teacher.server_concurrency,
+        retries=teacher.server_retries,
+    )
+    asked = sum(
+        isinstance(texts[i], Encoded)
+        for shard in writer.missing_shards()
+        for i in writer.examples_of(shard)
+    )
+    with CompletionsClient(server) as client, progress_bar("the server reads", asked) as progress:
+        checked, failed = write_served_signals(
+            client,
+            [example.id for example in job.examples],
+            texts,
+            writer,
+            job.output,
+            tokenizer=job.known.tokenizer,
+            epsilon=teacher.cache_epsilon,
+            cap=teacher.cache_cap,
+            max_failed_fraction=teacher.server_max_failed,
+            progress=progress,
+        )
+    say(f"{client.address}: {checked}")
+    for id_, reason in failed.items():
+        say(f"no signal for {id_}: {reason}")
 
 
 def _together(stage: str) -> None:

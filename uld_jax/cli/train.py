@@ -152,8 +152,13 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         pool=job.train_set,
         seed=config.data.seed,
     )
+    signals = open_signals(config, job.teachers, job.teacher_sides, job.train_set, answers)
+    read = [
+        pair for pair in pairs if all(pair.id in store for store in signals if store is not None)
+    ]
     message = compose.limit_message(
         [
+            ("without a signal in a teacher's cache", len(pairs) - len(read)),
             ("with an empty answer", dropped.empty_answer),
             (f"over student.max_length={config.student.max_length}", dropped.too_long_student),
             (
@@ -165,7 +170,7 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
     if message:
         say(message)
     return make_loader(
-        pairs,
+        read,
         batch_size=config.data.batch_size,
         epochs=config.train.epochs,
         seed=config.data.seed,
@@ -175,7 +180,7 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         answer_room=on_policy.answer_room if (on_policy := _on_policy(job)) else 0,
-        signals=open_signals(config, job.teachers, job.teacher_sides, job.train_set, answers),
+        signals=signals,
         convention=config.loss.convention,
         skip_student_eos=config.loss.skip_student_eos,
         skip_teacher_eos=config.loss.skip_teacher_eos,

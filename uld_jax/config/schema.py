@@ -71,6 +71,14 @@ class TeacherConfig(BaseModelConfig):
         cache_cap: probabilities of a position; one that needs more has a larger error.
         cache_ids: likeliest tokens of a position kept by id, for a loss that needs them.
         cache_shard_size: examples a file; a kill loses the work on one.
+        server: address of a server that runs it, such as http://host:8000/v1, for `uld-jax cache`;
+            empty = it runs here.
+        server_model: the name that the server knows it by.
+        server_top_k: likeliest tokens asked for at each position; servers have a limit.
+        server_key_env: environment variable that holds the server's key; empty = none.
+        server_concurrency: requests under way at a time.
+        server_retries: further attempts after one that failed, each after a longer wait.
+        server_max_failed: share of the examples that may be left without an answer.
     """
 
     share: float = rules.positive(1.0)
@@ -86,6 +94,13 @@ class TeacherConfig(BaseModelConfig):
     cache_cap: int = rules.at_least(1, 16384)
     cache_ids: int = rules.at_least(0, 0)
     cache_shard_size: int = rules.at_least(1, 128)
+    server: str = ""
+    server_model: str = ""
+    server_top_k: int = rules.at_least(1, 32)
+    server_key_env: str = ""
+    server_concurrency: int = rules.at_least(1, 4)
+    server_retries: int = rules.at_least(0, 5)
+    server_max_failed: float = rules.share(0.01)
 
 
 @dataclasses.dataclass(frozen=True)

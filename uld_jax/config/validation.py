@@ -43,6 +43,7 @@ got ''; set --config.student.source=..."
     for name, teacher in config.teacher_groups().items():
         if sound(f"{name}."):
             errors += _cache_errors(name, teacher, config.train.on_policy_fraction)
+            errors += _server_errors(name, teacher, config.loss.teacher_temperature)
     errors += [
         _no_room(answer, length, values[answer], values[length])
         for answer, length in (
@@ -101,6 +102,21 @@ def _cache_errors(name: str, teacher: TeacherConfig, on_policy_fraction: float) 
         errors.append(
             f"{name}.cache_ids: expected at most {name}.cache_cap = {teacher.cache_cap}, "
             f"got {teacher.cache_ids}; set --config.{name}.cache_cap higher"
+        )
+    return errors
+
+
+def _server_errors(name: str, teacher: TeacherConfig, temperature: float) -> list[str]:
+    errors = []
+    if teacher.server and not teacher.server_model:
+        errors.append(
+            f"{name}.server_model: expected the name that the server knows the model by, got ''; "
+            f"set --config.{name}.server_model=NAME"
+        )
+    if teacher.server and temperature != 1:
+        errors.append(
+            f"loss.teacher_temperature: expected 1 where {name}.server is set, for a server tells "
+            f"probabilities at 1 alone, got {temperature}; set --config.loss.teacher_temperature=1"
         )
     return errors
 

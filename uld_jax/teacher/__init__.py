@@ -1,6 +1,7 @@
 """What the teacher gives: answers to train on, and the signals of one that a server runs."""
 
 from uld_jax.teacher.build_cache import SignalOptions, Work, write_signals
+from uld_jax.teacher.build_served import write_served_signals
 from uld_jax.teacher.completions import CompletionsClient, Server
 from uld_jax.teacher.echo import ServedSignal, ServedText
 from uld_jax.teacher.generate import generate_answers
@@ -27,5 +28,6 @@ __all__ = [
     "served_signals",
     "teacher_texts",
     "top_probabilities",
+    "write_served_signals",
     "write_signals",
 ]
