@@ -71,6 +71,7 @@ def make_mesh(
     tensor: int = 1,
     *,
     devices: Sequence[Any] | None = None,
+    keep_order: bool = False,
 ) -> Mesh:
     """Lays the devices out as a (data, fsdp, tensor) mesh.
 
@@ -79,6 +80,8 @@ def make_mesh(
         fsdp: Shards of parameters and batch, or -1.
         tensor: Shards of heads, MLP and vocabulary, or -1.
         devices: The devices; all of them by default.
+        keep_order: Whether they stay in this order. For whole slices of TPUs jax has one that
+            suits their network; for parts of them it has none.
 
     Returns:
         A mesh with the axes "data", "fsdp" and "tensor".
@@ -93,7 +96,44 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, tensor, len(devices))
     auto = (AxisType.Auto,) * len(MESH_AXES)
+    if keep_order:
+        return Mesh(np.array(devices, object).reshape(shape), MESH_AXES, axis_types=auto)
     return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+
+
+def split_devices(counts: Sequence[int], devices: Sequence[Any] | None = None) -> list[list[Any]]:
+    """Divides every process's devices alike, so that each part has some of each process.
+
+    Args:
+        counts: Devices of a process in each part but the first.
+        devices: To be divided; all of them by default.
+
+    Returns:
+        What is left, and then the parts, the first of them at the end of each process's devices.
+
+    Raises:
+        UserError: A process has too few to leave any.
+
+    Example:
+        >>> device = jax.devices()[0]
+        >>> [len(part) for part in split_devices([2, 1], 4 * [device])]
+        [1, 2, 1]
+    """
+    by_process: dict[int, list[Any]] = {}
+    for device in jax.devices() if devices is None else devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    parts: list[list[Any]] = [[] for _ in (0, *counts)]
+    for process, left in sorted(by_process.items()):
+        if sum(counts) >= len(left):
+            raise UserError(
+                f"process {process} has {len(left)} devices: expected more than the "
+                f"{sum(counts)} that streaming teachers take of each (teacher.devices)"
+            )
+        for part, count in zip(parts[1:], counts, strict=True):
+            part += left[len(left) - count :]
+            left = left[: len(left) - count]
+        parts[0] += left
+    return parts
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,4 +1,4 @@
-"""What the teacher gives: answers to train on, and the signals of one that a server runs."""
+"""What the teacher gives: answers to train on, and signals from a server or devices of its own."""
 
 from uld_jax.teacher.build_cache import SignalOptions, Work, write_signals
 from uld_jax.teacher.build_served import write_served_signals
@@ -9,6 +9,7 @@ from uld_jax.teacher.provenance import open_cache, provenance, read_answers, tea
 from uld_jax.teacher.server import FetchOptions, served_signals
 from uld_jax.teacher.server_check import ServerCheck, check_server
 from uld_jax.teacher.signals import TopProbabilities, top_probabilities
+from uld_jax.teacher.stream import StreamedTeacher, StreamOptions
 
 __all__ = [
     "CompletionsClient",
@@ -18,6 +19,8 @@ __all__ = [
     "Server",
     "ServerCheck",
     "SignalOptions",
+    "StreamOptions",
+    "StreamedTeacher",
     "TopProbabilities",
     "Work",
     "check_server",

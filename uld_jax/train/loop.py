@@ -17,7 +17,9 @@ from uld_jax.data import Loader
 from uld_jax.errors import UserError
 from uld_jax.models import Decoder, split_trained
 from uld_jax.sharding import BATCH_AXES
+from uld_jax.teacher import StreamedTeacher
 from uld_jax.train.checkpoint import Checkpoints
+from uld_jax.train.feed import FedBatch, Feed
 from uld_jax.train.metrics import MetricsWriter
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
@@ -28,7 +30,7 @@ from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
 
 def fit(
     student: Decoder,
-    teachers: Sequence[Decoder | None],
+    teachers: Sequence[Decoder | StreamedTeacher | None],
     loader: Loader,
     config: RunConfig,
     *,
@@ -41,12 +43,14 @@ def fit(
 
     Args:
         student: Where to start; its arrays are given up to the training state.
-        teachers: The frozen teachers; None for one whose signals the loader has.
+        teachers: The frozen teachers, on the same mesh or streaming from their own; None for one
+            whose signals the loader has.
         loader: The batches of all epochs.
         config: The run.
-        mesh: The device mesh.
+        mesh: The student's device mesh.
         workdir: Checkpoints, metrics.jsonl and TensorBoard events go here.
-        on_policy: Replaces some of each batch's answers by the student's own; None for none.
+        on_policy: Replaces some of each batch's answers by the student's own; None for none, as it
+            must be where a teacher streams, which reads batches ahead.
         progress: Called with the step, the number of steps and the step's metrics.
 
     Returns:
@@ -55,10 +59,17 @@ def fit(
     Raises:
         UserError: More than `train.max_nonfinite_steps` steps in a row were not finite, or a
             checkpoint could not be written or is of another model.
+        ValueError: On-policy rows beside a teacher that streams.
     """
     steps = step_count(loader, config)
+    streams = [teacher if isinstance(teacher, StreamedTeacher) else None for teacher in teachers]
+    if on_policy is not None and any(streams):
+        raise ValueError("on_policy: expected None where a teacher streams")
     graph, params, frozen = split_trained(student)
-    split = [(None, None) if teacher is None else nnx.split(teacher) for teacher in teachers]
+    split = [
+        nnx.split(teacher) if isinstance(teacher, nnx.Module) else (None, None)
+        for teacher in teachers
+    ]
     shares = config.teacher_shares
     fixed = [StepTeacher(graph, share) for (graph, _), share in zip(split, shares, strict=True)]
     tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
@@ -75,14 +86,20 @@ def fit(
         schedule = make_schedule(config.optimizer, steps)
         run = _Run(compiled, schedule, ([params for _, params in split], frozen), mesh, config)
         first = int(state.step)
-        with MetricsWriter(workdir, step=first) as writer, jax.set_mesh(mesh):
+        feed = Feed(iterator, streams, steps - first)
+        with MetricsWriter(workdir, step=first) as writer:
             for step in range(first + 1, steps + 1):
-                arrays, host = next(iterator), {}
+                batch, host = feed.take(), {}
                 if on_policy is not None:
                     now = nnx.merge(graph, state.params, *frozen)
                     key = jax.random.wrap_key_data(state.key)
                     arrays, host["on_policy_rows"] = on_policy.batch(now, loader, step - 1, key)
-                state = run.step(step, state, arrays, host)
+                    batch = dataclasses.replace(batch, arrays=arrays)
+                state = run.step(step, state, batch, host)
+                if any(streams):
+                    # So no more signals exist than the student needs for this step and the next.
+                    run.wait_for_the_step_before()
+                    feed.fill()
                 saving = step % config.train.checkpoint_every == 0 or step == steps
                 if saving or step % config.train.log_every == 0:
                     for row in run.flush():
@@ -91,7 +108,7 @@ def fit(
                             progress(row["step"], steps, row)
                 if saving:
                     writer.flush()
-                    checkpoints.save(state, iterator.get_state())
+                    checkpoints.save(state, batch.iterator_state)
     return nnx.merge(graph, state.params, *frozen)
 
 
@@ -140,14 +157,19 @@ class _Run:
         self,
         step: int,
         state: TrainState,
-        arrays: Mapping[str, Any],
+        fed: FedBatch,
         host: Mapping[str, int],
     ) -> TrainState:
         teacher_params, frozen = self.fixed
-        batch = to_mesh(arrays, self.mesh)
-        state, metrics = self.compiled(state, teacher_params, batch, frozen)
+        batch = to_mesh(fed.arrays, self.mesh, fed.signals)
+        with jax.set_mesh(self.mesh):
+            state, metrics = self.compiled(state, teacher_params, batch, frozen)
         self.pending.append(({"step": step, **host}, metrics))
         return state
+
+    def wait_for_the_step_before(self) -> None:
+        """Waits for all steps but the newest."""
+        jax.block_until_ready([metrics for _, metrics in self.pending[:-1]])
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetches the pending metrics, adds rate and time, and stops a run that has diverged."""
@@ -172,25 +194,33 @@ class _Run:
         return rows
 
 
-def to_mesh(arrays: Mapping[str, Any], mesh: Mesh) -> Batch:
+def to_mesh(
+    arrays: Mapping[str, Any], mesh: Mesh, signals: Sequence[SortedSignal | None] | None = None
+) -> Batch:
     """Puts this process's part of a batch on the mesh: rows and groups over data and fsdp.
 
     Args:
         arrays: What `uld_jax.data.collate` returns.
         mesh: The device mesh.
+        signals: For each teacher the signal that stands for its tokens, there already, or None.
 
     Returns:
         The global batch.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    placed = jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays)
-    )
+    put = functools.partial(jax.make_array_from_process_local_data, sharding)
+    students = {name: put(array) for name, array in arrays.items() if name != "teachers"}
     teachers = []
-    for teacher in placed.pop("teachers"):
-        if "signal" in teacher:
-            signal = SortedSignal(**teacher["signal"])
-            teachers.append(TeacherSignal(teacher["uld_weight"], signal))
+    for teacher, signal in zip(
+        arrays["teachers"], signals or [None for _ in arrays["teachers"]], strict=True
+    ):
+        if signal is not None:
+            teachers.append(TeacherSignal(put(teacher["uld_weight"]), signal))
+            continue
+        placed = jax.tree.map(put, dict(teacher))
+        if "signal" in placed:
+            own = SortedSignal(**placed["signal"])
+            teachers.append(TeacherSignal(placed["uld_weight"], own))
         else:
-            teachers.append(TeacherTokens(**teacher))
-    return Batch(**placed, teachers=tuple(teachers))
+            teachers.append(TeacherTokens(**placed))
+    return Batch(**students, teachers=tuple(teachers))
