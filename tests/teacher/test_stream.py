@@ -8,10 +8,10 @@ from flax import nnx
 
 from uld_jax.data.signal import ROUNDING
 from uld_jax.losses import sorted_probabilities
-from uld_jax.models import Decoder, EncoderDecoder, parameters
+from uld_jax.models import Decoder, parameters
 from uld_jax.sharding import batch_shards, make_mesh, named_sharding, split_devices
 from uld_jax.teacher import StreamedTeacher, StreamOptions
-from uld_jax.testing import tiny_gemma, tiny_t5, toy_batch
+from uld_jax.testing import tiny_gemma, toy_batch
 
 VOCAB = 96
 

@@ -12,7 +12,6 @@ from uld_jax.cli import compose
 from uld_jax.cli.teachers import cached_answers
 from uld_jax.cli.train import Job, loader_of
 from uld_jax.errors import UserError
-from uld_jax.sharding import make_mesh
 from uld_jax.train.loop import step_count
 
 
@@ -36,7 +35,8 @@ def prepare(args: argparse.Namespace, batches: int) -> Callable[[], dict[str, An
             f"{online[0]}.mode: expected cache, got {config.teacher_groups()[online[0]].mode!r}; "
             f"set --config.{online[0]}.mode=cache --config.{online[0]}.cache=DIR"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    meshes = compose.meshes(config)
+    mesh = meshes["student"]
     train_set = compose.load_split(config, "train")
     teachers = [
         compose.load_model(name, each, mesh) for name, each in config.teacher_groups().items()
@@ -45,7 +45,7 @@ def prepare(args: argparse.Namespace, batches: int) -> Callable[[], dict[str, An
     job = Job(
         config,
         Path(),
-        mesh,
+        meshes,
         compose.load_student(config, None, mesh),
         [*teachers],
         train_set,

@@ -31,6 +31,7 @@ from uld_jax.data import Example, Side, chat_template, load_examples
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
+from uld_jax.sharding import make_mesh, split_devices
 from uld_jax.train import restore_params
 
 console = Console()
@@ -71,7 +72,9 @@ def run_config(args: argparse.Namespace) -> RunConfig:
     base = configs.load(args.config) if args.config else saved
     assert base is not None
     config, errors = configs.apply_overrides(base, args.overrides)
-    config = configs.resolve(config, device_count=jax.device_count(), errors=errors)
+    config = configs.resolve(
+        config, device_count=jax.device_count(), process_count=jax.process_count(), errors=errors
+    )
     different = configs.differences(saved, config) if saved is not None else []
     if different:
         raise UserError(
@@ -117,6 +120,32 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
             f"--workdir={path}: cannot write there ({error.strerror}); choose another directory"
         ) from error
     return workdir
+
+
+def meshes(config: RunConfig) -> dict[str, Mesh]:
+    """Which devices hold which model.
+
+    Args:
+        config: A resolved config.
+
+    Returns:
+        The mesh of the student, and that of each teacher by its path: devices of its own where it
+        streams, else the student's.
+
+    Example:
+        >>> sorted(meshes(RunConfig()))
+        ['student', 'teacher']
+    """
+    own = configs.streaming_devices(config)
+    left, *parts = split_devices([*own.values()])
+    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    student = make_mesh(*axes, devices=left, keep_order=True) if own else make_mesh(*axes)
+    teachers = config.teacher_groups()
+    found = {"student": student, **dict.fromkeys(teachers, student)}
+    for path, devices in zip(own, parts, strict=True):
+        fsdp, tensor = teachers[path].fsdp, teachers[path].tensor
+        found[path] = make_mesh(-1, fsdp, tensor, devices=devices, keep_order=True)
+    return found
 
 
 def load_model(which: str, config: BaseModelConfig, mesh: Mesh) -> models.LoadedModel:

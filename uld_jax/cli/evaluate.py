@@ -9,7 +9,6 @@ from rich.table import Table
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, say
 from uld_jax.files import write_json
-from uld_jax.sharding import make_mesh
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: Bad input of any kind.
     """
     config = compose.run_config(args)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = compose.meshes(config)["student"]
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
     student = compose.load_student(config, args.workdir, mesh)
     result = compose.measure(config, student, train_set, eval_set)

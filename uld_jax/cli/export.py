@@ -5,7 +5,6 @@ import argparse
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import say
-from uld_jax.sharding import make_mesh
 
 
 def run(args: argparse.Namespace) -> None:
@@ -18,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: No checkpoint, or the output directory is not empty.
     """
     config = compose.run_config(args)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = compose.meshes(config)["student"]
     student = compose.load_student(config, args.workdir, mesh)
     models.save_pretrained(student, args.output)
     say(f"student (Hugging Face format): {args.output}")

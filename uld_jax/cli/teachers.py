@@ -9,17 +9,18 @@ from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.config import RunConfig
 from uld_jax.data import Example, Side, SignalStore
+from uld_jax.teacher import StreamedTeacher, StreamOptions
 from uld_jax.teacher.provenance import open_cache, provenance, read_answers, teacher_texts
 
 Teacher = models.LoadedModel | models.LoadedTokenizer
 
 
-def load_teachers(config: RunConfig, mesh: Mesh) -> list[Teacher]:
+def load_teachers(config: RunConfig, meshes: Mapping[str, Mesh]) -> list[Teacher]:
     """Loads every teacher, or of one whose signals are cached the tokenizer alone.
 
     Args:
         config: The run.
-        mesh: Where parameters go.
+        meshes: Where parameters go, by the path of the teacher's config.
 
     Returns:
         As many as `config.teachers`.
@@ -27,7 +28,7 @@ def load_teachers(config: RunConfig, mesh: Mesh) -> list[Teacher]:
     return [
         models.load_tokenizer(each.source)
         if each.mode == "cache"
-        else compose.load_model(name, each, mesh)
+        else compose.load_model(name, each, meshes[name])
         for name, each in config.teacher_groups().items()
     ]
 
@@ -88,3 +89,36 @@ def open_signals(
         expected = provenance(own, teacher, side, examples, answers, texts)
         stores.append(open_cache(each.cache, expected))
     return stores
+
+
+def taught_from(
+    config: RunConfig, teachers: Sequence[Teacher], meshes: Mapping[str, Mesh]
+) -> list[models.Decoder | StreamedTeacher | None]:
+    """What the training loop has of each teacher.
+
+    Args:
+        config: The run.
+        teachers: From `load_teachers`.
+        meshes: The student's, and each teacher's by the path of its config.
+
+    Returns:
+        A model beside the student, one that streams from devices of its own, or None for a cache.
+    """
+    found: list[models.Decoder | StreamedTeacher | None] = []
+    rows = config.data.batch_size // config.train.accumulation
+    for (name, each), teacher in zip(config.teacher_groups().items(), teachers, strict=True):
+        if not isinstance(teacher, models.LoadedModel):
+            found.append(None)
+        elif each.mode != "stream":
+            found.append(teacher.model)
+        else:
+            options = StreamOptions(
+                depth=each.stream_depth,
+                batch_size=each.stream_batch_size or rows,
+                top_k=each.stream_top_k,
+                temperature=config.loss.teacher_temperature,
+                chunk_size=config.loss.chunk_size,
+            )
+            own = {"mesh": meshes[name], "student_mesh": meshes["student"]}
+            found.append(StreamedTeacher(teacher.model, options, **own))
+    return found

@@ -11,12 +11,18 @@ import jax
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
-from uld_jax.cli.teachers import Teacher, cached_answers, load_teachers, open_signals
+from uld_jax.cli.teachers import (
+    Teacher,
+    cached_answers,
+    load_teachers,
+    open_signals,
+    taught_from,
+)
 from uld_jax.config import RunConfig
 from uld_jax.data import Example, Loader, Side, encode_pairs, encode_prompts, make_loader
 from uld_jax.errors import UserError
 from uld_jax.evaluation import comparison_table, plot_losses, sample_table
-from uld_jax.sharding import batch_shards, make_mesh
+from uld_jax.sharding import batch_shards
 from uld_jax.teacher import generate_answers
 from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
 from uld_jax.train.loop import step_count
@@ -30,7 +36,7 @@ class Job:
 
     config: RunConfig
     workdir: Path
-    mesh: jax.sharding.Mesh
+    meshes: dict[str, jax.sharding.Mesh]
     student: models.LoadedModel
     teachers: list[Teacher]
     train_set: list[Example]
@@ -66,12 +72,12 @@ def run(args: argparse.Namespace) -> None:
         UserError: Bad input of any kind.
     """
     config = compose.run_config(args)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    meshes = compose.meshes(config)
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
-    teachers = load_teachers(config, mesh)
-    student = compose.load_student(config, None, mesh)
+    teachers = load_teachers(config, meshes)
+    student = compose.load_student(config, None, meshes["student"])
     workdir = Path(args.workdir)
-    job = Job(config, workdir, mesh, student, teachers, train_set, eval_set)
+    job = Job(config, workdir, meshes, student, teachers, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
     answers = cached_answers(config, teachers[0], train_set)
     loader = None if answers is None else loader_of(job, answers)
@@ -175,7 +181,7 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         epochs=config.train.epochs,
         seed=config.data.seed,
         micro_batches=config.train.accumulation,
-        groups=batch_shards(job.mesh),
+        groups=batch_shards(job.meshes["student"]),
         buckets=config.data.buckets,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -228,10 +234,10 @@ def _distil(job: Job, loader: Loader) -> models.Decoder:
 
         return fit(
             job.student.model,
-            [t.model if isinstance(t, models.LoadedModel) else None for t in job.teachers],
+            taught_from(job.config, job.teachers, job.meshes),
             loader,
             job.config,
-            mesh=job.mesh,
+            mesh=job.meshes["student"],
             workdir=job.workdir,
             on_policy=_on_policy(job),
             progress=show,

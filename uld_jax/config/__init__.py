@@ -18,6 +18,7 @@ from uld_jax.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
+from uld_jax.config.streaming import streaming_devices
 from uld_jax.config.validation import resolve, validate
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "from_dict",
     "load",
     "resolve",
+    "streaming_devices",
     "to_dict",
     "validate",
 ]

@@ -59,13 +59,14 @@ class TeacherConfig(BaseModelConfig):
 
     Attributes:
         share: its part of loss.uld_weight where there are several teachers, over the sum of all.
-        mode: online: the teacher runs beside the student | cache: its signals are read from a
-            directory that `uld-jax cache` has written.
+        mode: online (it runs on the student's devices) | stream (on devices of its own, some
+            batches ahead of the student) | cache (its signals are read from a directory that
+            `uld-jax cache` has written).
         quantize: hold its matrices in fewer bits: empty (as loaded) | int8 | int4.
         append_eos: end its answer with its end-of-sequence token.
         max_new_tokens: tokens; the longest answer that it generates (the paper's runs: 150).
         batch_size: prompts that it answers, or texts that it reads for a cache, at a time.
-        cache: that directory, for mode = cache.
+        cache: that directory.
         cache_epsilon: of each distribution a cache leaves out probabilities of this sum at most;
             its error in ULD is at most 1.5 times as much.
         cache_cap: probabilities of a position; one that needs more has a larger error.
@@ -79,10 +80,18 @@ class TeacherConfig(BaseModelConfig):
         server_concurrency: requests under way at a time.
         server_retries: further attempts after one that failed, each after a longer wait.
         server_max_failed: share of the examples that may be left without an answer.
+        devices: of each process, the last so many are its own where it streams; else 0.
+        fsdp: shards of its parameters and of a batch on its own devices.
+        tensor: shards of its matrix products on its own devices.
+        stream_depth: batches that it is ahead of the student where it streams.
+        stream_batch_size: rows, over all processes, that it then reads at a time; 0 = as many as
+            the student does, data.batch_size / train.accumulation.
+        stream_top_k: probabilities of each position that it then sends, the others being one mass,
+            which bounds the loss's error (uld_error in the metrics); 0 = all, which is exact.
     """
 
     share: float = rules.positive(1.0)
-    mode: str = rules.choice("online", "cache")
+    mode: str = rules.choice("online", "stream", "cache")
     quantize: str = rules.field("", "empty, int8 or int4", ("", "int8", "int4").__contains__)
     append_eos: bool = False
     max_new_tokens: int = rules.at_least(1, 32)
@@ -101,6 +110,12 @@ class TeacherConfig(BaseModelConfig):
     server_concurrency: int = rules.at_least(1, 4)
     server_retries: int = rules.at_least(0, 5)
     server_max_failed: float = rules.share(0.01)
+    devices: int = rules.at_least(0, 0)
+    fsdp: int = rules.at_least(1, 1)
+    tensor: int = rules.at_least(1, 1)
+    stream_depth: int = rules.at_least(1, 1)
+    stream_batch_size: int = rules.at_least(0, 0)
+    stream_top_k: int = rules.at_least(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

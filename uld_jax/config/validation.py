@@ -3,17 +3,21 @@
 import math
 from collections.abc import Sequence
 
+from uld_jax.config import streaming
 from uld_jax.config.convert import flatten, raise_all
 from uld_jax.config.fields import value_error
 from uld_jax.config.schema import MeshConfig, RunConfig, TeacherConfig
 
 
-def validate(config: RunConfig, *, device_count: int | None = None) -> list[str]:
+def validate(
+    config: RunConfig, *, device_count: int | None = None, process_count: int = 1
+) -> list[str]:
     """Find every mistake: wrong types, values out of range, fields that contradict each other.
 
     Args:
         config: any config.
-        device_count: devices that the mesh must cover; None = unknown, and not checked.
+        device_count: devices that the meshes must cover; None = unknown, and not checked.
+        process_count: processes, each with as many devices.
 
     Returns:
         One line each: what, expected, actual, how to mend it. Empty = the config is sound.
@@ -52,6 +56,14 @@ got ''; set --config.student.source=..."
         )
         if sound(answer, length) and values[answer] >= values[length]
     ]
+    if not any(path.rpartition(".")[2] in streaming.FIELDS for path in wrong):
+        if sound("data.", "train."):
+            errors += streaming.streaming_errors(
+                config, device_count=device_count, process_count=process_count
+            )
+        if device_count is not None:
+            taken = process_count * sum(streaming.streaming_devices(config).values())
+            device_count = device_count - taken if taken < device_count else None
     if sound("mesh."):
         mesh_errors = _mesh_errors(config.mesh, device_count)
         errors += mesh_errors
@@ -61,13 +73,18 @@ got ''; set --config.student.source=..."
 
 
 def resolve(
-    config: RunConfig, *, device_count: int | None = None, errors: Sequence[str] = ()
+    config: RunConfig,
+    *,
+    device_count: int | None = None,
+    process_count: int = 1,
+    errors: Sequence[str] = (),
 ) -> RunConfig:
     """Return a config that is known to be sound, or report all that is wrong with it.
 
     Args:
         config: any config; frozen as it is, it needs no copy.
-        device_count: devices that the mesh must cover; None = unknown, and not checked.
+        device_count: devices that the meshes must cover; None = unknown, and not checked.
+        process_count: processes, each with as many devices.
         errors: lines that `apply_overrides` returned, to report with the rest.
 
     Returns:
@@ -82,7 +99,8 @@ def resolve(
         >>> resolve(config, device_count=8) is config
         True
     """
-    raise_all([*errors, *validate(config, device_count=device_count)])
+    found = validate(config, device_count=device_count, process_count=process_count)
+    raise_all([*errors, *found])
     return config
 
 

@@ -94,15 +94,21 @@ class StreamedTeacher:
         self._target = NamedSharding(student_mesh, PartitionSpec(None, BATCH_AXES))
         self._copies = _copies(self._target, groups)
         graph, self._params = nnx.split(model)
-        # The same devices in the same order, with one axis of units.
-        by_unit = Mesh(mesh.devices.reshape(self._units, -1), (UNITS, "copies"))
         self._read = jax.jit(
             functools.partial(_read, graph=graph, options=options),
+            static_argnames="plan",
+            out_shardings=NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
+        )
+        # The same devices in the same order, with one axis of units. A program of its own, for in
+        # one with kernels that need to know the mesh there may be but one.
+        by_unit = Mesh(mesh.devices.reshape(self._units, -1), (UNITS, "copies"))
+        self._slots = jax.jit(
+            _slots,
             static_argnames="plan",
             out_shardings=NamedSharding(by_unit, PartitionSpec(None, UNITS)),
         )
 
-    def signal(self, teacher: Mapping[str, np.ndarray]) -> SortedSignal:
+    def signal(self, teacher: Mapping[str, Any]) -> SortedSignal:
         """Starts reading a batch; returns without waiting for anything.
 
         Args:
@@ -124,8 +130,8 @@ class StreamedTeacher:
         put = jax.make_array_from_process_local_data
         with jax.set_mesh(self._mesh):
             inputs = {name: put(by_row, array) for name, array in inputs.items()}
-            slots = self._read(self._params, inputs, put(by_shard, index), plan=plan)
-        return jax.tree.map(self._move, *slots)
+            signal = self._read(self._params, inputs, put(by_shard, index), plan=plan)
+        return jax.tree.map(self._move, *self._slots(signal, plan=plan))
 
     def _move(self, *slots: jax.Array) -> jax.Array:
         """[M, G, N, …] on the student's mesh, from an array [M, units, N, …] of each slot."""
@@ -233,8 +239,8 @@ def _read(
     graph: nnx.GraphDef[Decoder],
     plan: _Plan,
     options: StreamOptions,
-) -> Sequence[SortedSignal]:
-    """The signals [M, units, N] of the first group of each unit, then of its second, and so on."""
+) -> SortedSignal:
+    """The signal [shards, n] at these positions of each shard."""
     t = nnx.merge(graph, params)
     taken_UNE = _hidden(t, inputs, index_SN.reshape(plan.units, -1))
     by_shard_SNE = taken_UNE.reshape(*index_SN.shape, -1)
@@ -247,11 +253,15 @@ def _read(
         softcap=t.config.logit_softcap or None,
         chunk_size=options.chunk_size,
     )
-    signal = SortedSignal(top.probs, top.tail_mass, top.tail_mass + ROUNDING)
+    return SortedSignal(top.probs, top.tail_mass, top.tail_mass + ROUNDING)
+
+
+def _slots(signal: SortedSignal, *, plan: _Plan) -> Sequence[SortedSignal]:
+    """The signals [M, units, N] of the first group of each unit, then of its second, and so on."""
+    sizes = (plan.micro_batches, plan.groups, plan.positions)
 
     def by_slot(x: jax.Array) -> jax.Array:
         rest = x.shape[2:]
-        sizes = (plan.micro_batches, plan.groups, plan.positions)
         x = x.reshape(plan.units, -1, *rest)[:, : math.prod(sizes)]
         return jnp.moveaxis(x.reshape(plan.units, *sizes, *rest), (2, 1), (0, 1))
 
