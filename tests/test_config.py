@@ -231,6 +231,19 @@ def test_unsound_value_is_one_error_with_expectation_actual_and_fix(path):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        ({"teacher.mode": "cache"}, "teacher.cache: expected the directory of a teacher cache "),
+        ({"teacher.cache_ids": "9", "teacher.cache_cap": "8"}, "teacher.cache_ids: expected at "),
+    ],
+)
+def test_a_cache_that_cannot_be(overrides, error):
+    (found,) = validate(apply_overrides(SOUND, overrides)[0])
+    assert found.startswith(error)
+    assert "set --config.teacher.cache" in found
+
+
 def test_choices_and_default_are_named():
     (error,) = validate(apply_overrides(SOUND, {"loss.convention": "mean"})[0])
     assert error == (

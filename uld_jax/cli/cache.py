@@ -126,7 +126,8 @@ def _answers(job: _Job) -> dict[str, str]:
     if not path.is_file() and jax.process_index() == 0:
         if job.output.exists() and not (job.output.is_dir() and _is_free(job.output)):
             raise UserError(
-                f"--output={job.output}: holds something else; choose another directory"
+                f"--output={job.output}: expected an empty directory or a teacher cache with "
+                f"{ANSWERS}, found something else; choose another directory"
             )
         with progress_bar("the teacher answers", len(job.examples)) as progress:
             answers = generate_answers(

@@ -105,12 +105,13 @@ def write_signals(
             work.examples += len(batch.texts)
             work.tokens += sum(text.length for _, text in batch.texts)
             work.positions += sum(map(len, signals.values()))
+            dropped = 0
             if batch.last:
                 records = [(id_, done.pop(id_)) for id_, _ in plans[batch.shard]]
-                total = len(writer.examples_of(batch.shard))
-                writer.write_shard(batch.shard, records, dropped=total - len(records))
-                if progress is not None:
-                    progress(total)
+                dropped = len(writer.examples_of(batch.shard)) - len(records)
+                writer.write_shard(batch.shard, records, dropped=dropped)
+            if progress is not None:
+                progress(len(batch.texts) + dropped)
     work.seconds = time.perf_counter() - start
     return work
 
@@ -189,7 +190,8 @@ class _Reader:
     def _padded(self, rows: Sequence[np.ndarray]) -> int:
         """The longest row's length, rounded up by less than a quarter of it."""
         longest = max(map(len, rows))
-        return min(_round_up(longest, max(16, 1 << (longest - 1).bit_length() - 3)), self._most)
+        step = max(16, (1 << (longest - 1).bit_length()) // 8)
+        return min(_round_up(longest, step), self._most)
 
     def _index(self, texts: Sequence[Encoded], length: int) -> np.ndarray:
         """int32 [G, N]: where in its group's rows each answer token is predicted."""

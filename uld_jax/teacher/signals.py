@@ -134,7 +134,9 @@ class _Top:
         # x · log x is 0 at 0.
         entropy_C = -jnp.where(probs_CU > 0, probs_CU * log_probs_CU, 0).sum(-1)
         probs_CK, ids_CK = self._largest(probs_CU, first)
-        least_C = probs_CK[:, -1:]
+        # Not the last of them: XLA would take a slice of a slice from the sort that top_k stands
+        # for, and sort the whole vocabulary: 60 ms a row of 262,144 on a CPU, not 2 to 10.
+        least_C = probs_CK.min(-1, keepdims=True)
         # What is less than the K-th largest, and of its equals all but those among the K.
         below_C = jnp.where(probs_CU < least_C, probs_CU, 0).sum(-1)
         equals_C = psum((probs_CU >= least_C).sum(-1), self.axis_name) - self.k
@@ -142,7 +144,7 @@ class _Top:
         return TopProbabilities(probs_CK, tail_C, psum(entropy_C, self.axis_name), ids_CK)
 
     def _largest(self, probs_CU: jax.Array, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        probs_CK, ids_CK = _top_k(probs_CU, min(self.k, probs_CU.shape[1]))
+        probs_CK, ids_CK = lax.top_k(probs_CU, min(self.k, probs_CU.shape[1]))
         ids_CK += first
         if self.axis_name is not None:
             # A stable choice among shards in the order of their tokens: ties by ascending id.
@@ -150,15 +152,7 @@ class _Top:
                 lax.all_gather, axis_name=self.axis_name, axis=1, tiled=True, to="invarying"
             )
             every_CK, every_ids_CK = gather(probs_CK), gather(ids_CK)
-            probs_CK, at_CK = _top_k(every_CK, min(self.k, every_CK.shape[1]))
+            probs_CK, at_CK = lax.top_k(every_CK, min(self.k, every_CK.shape[1]))
             ids_CK = jnp.take_along_axis(every_ids_CK, at_CK, axis=1)
         padding = ((0, 0), (0, self.k - probs_CK.shape[1]))
         return jnp.pad(probs_CK, padding), jnp.pad(ids_CK, padding)
-
-
-def _top_k(x_CU: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA takes a slice of the result from the sort that top_k stands for, and
-    # then sorts the whole vocabulary: 60 ms a row of 262,144 on a CPU, not 1 to 5. One for each
-    # array: XLA's decomposer of top_k dies of a barrier around the pair (jaxlib 0.10.2).
-    values_CK, ids_CK = lax.top_k(x_CU, k)
-    return lax.optimization_barrier(values_CK), lax.optimization_barrier(ids_CK)
