@@ -61,7 +61,8 @@ class Setting:
             seed=0,
             micro_batches=config.train.accumulation,
             groups=batch_shards(mesh),
-            buckets=config.data.buckets,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     def fit(self, workdir, *, student, teacher=None, config=CONFIG, progress=None, **options):
