@@ -48,6 +48,25 @@ def test_mesh_of_some_devices():
     assert mesh.devices.flatten().tolist() == jax.devices()[2:4]
 
 
+def test_parts_of_the_devices_have_some_of_each_process():
+    class Device:
+        def __init__(self, number):
+            self.number, self.process_index = number, number // 4 % 2
+
+    devices = [Device(number) for number in (4, 5, 6, 7, 0, 1, 2, 3)]
+    parts = sharding.split_devices([2, 1], devices)
+    assert [[d.number for d in part] for part in parts] == [[0, 4], [2, 3, 6, 7], [1, 5]]
+    assert sharding.split_devices([]) == [jax.devices()]
+    with pytest.raises(UserError, match="process 0 has 4 devices: expected more than the 4 that"):
+        sharding.split_devices([3, 1], devices)
+
+
+def test_the_order_of_devices_is_kept():
+    devices = jax.devices()[5:1:-1]
+    mesh = sharding.make_mesh(2, 1, 2, devices=devices, keep_order=True)
+    assert mesh.devices.flatten().tolist() == devices
+
+
 def test_batch_shards():
     assert sharding.batch_shards(sharding.make_mesh(2, 2, 2)) == 4
 

@@ -11,7 +11,9 @@ from uld_jax.losses import sorted_probabilities
 from uld_jax.models import Decoder, parameters
 from uld_jax.sharding import batch_shards, make_mesh, named_sharding, split_devices
 from uld_jax.teacher import StreamedTeacher, StreamOptions
+from uld_jax.teacher.stream import _arrange, _plan
 from uld_jax.testing import tiny_gemma, toy_batch
+from uld_jax.types import TeacherTokens
 
 VOCAB = 96
 
@@ -72,3 +74,47 @@ def test_signals_are_the_sorted_probabilities(teacher, student, rows, micro_batc
     np.testing.assert_allclose(signal.probs, right, atol=2e-6)
     np.testing.assert_allclose(signal.tail_mass, 0)
     np.testing.assert_allclose(signal.error, ROUNDING)
+
+
+def test_of_a_cut_signal_the_rest_is_its_tail_and_its_error():
+    mesh, student_mesh = meshes((2, 1, 2), (2, 1, 1))
+    model = decoder()
+    (arrays,) = toy_batch(groups=2)["teachers"]
+    right = expected(model, arrays)
+    options = StreamOptions(depth=1, batch_size=4, top_k=10, chunk_size=8)
+    stream = StreamedTeacher(place(model, mesh), options, mesh=mesh, student_mesh=student_mesh)
+    signal = stream.signal(arrays)
+    np.testing.assert_allclose(signal.probs, right[..., :10], atol=2e-6)
+    np.testing.assert_allclose(signal.tail_mass, right[..., 10:].sum(-1), atol=2e-6)
+    np.testing.assert_allclose(signal.error, signal.tail_mass + ROUNDING, rtol=1e-6)
+
+
+def test_no_array_of_positions_by_vocabulary_is_made_or_moved():
+    mesh, student_mesh = meshes((1, 1, 1), (2, 1, 1))
+    (arrays,) = toy_batch(groups=2)["teachers"]
+    options = StreamOptions(depth=1, batch_size=8, top_k=10, chunk_size=8)
+    stream = StreamedTeacher(place(decoder(), mesh), options, mesh=mesh, student_mesh=student_mesh)
+    before = {id(x) for x in jax.live_arrays()}
+    signal = stream.signal(arrays)
+    made = [x for x in jax.live_arrays() if id(x) not in before]
+    there = [x.shape for x in made if x.sharding.device_set & set(student_mesh.devices.flat)]
+    assert signal.probs.shape in there
+    assert all(VOCAB not in shape for shape in there)
+    plan = _plan(arrays, 1, 8, 1)
+    inputs, index = _arrange(TeacherTokens(**arrays), plan)
+    with jax.set_mesh(mesh):
+        text = stream._read.lower(stream._params, inputs, index, plan=plan).as_text()
+    assert f"8x{VOCAB}xf32" in text  # a chunk: the search below would find it
+    for size in ("32", "16", "160", "20"):  # positions in all and of a group, tokens likewise
+        assert f"{size}x{VOCAB}xf32" not in text
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh, student_mesh = meshes((4, 1, 1), (2, 1, 1))
+    (arrays,) = toy_batch(groups=2)["teachers"]
+    model = place(decoder(), mesh)
+    for rows in (3, 2, 16):
+        options = StreamOptions(depth=1, batch_size=rows)
+        stream = StreamedTeacher(model, options, mesh=mesh, student_mesh=student_mesh)
+        with pytest.raises(ValueError, match=f"the batch's 8 rows and a mu.* got {rows}"):
+            stream.signal(arrays)
