@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from uld_jax.data import SignalStore, SignalWriter, truncate_signal
-from uld_jax.data.signal_writer import WRITER_OPTIONS, _write_records
+from uld_jax.data.shards import write_records
+from uld_jax.data.signal_store import CACHE
 from uld_jax.errors import UserError
 
 PROVENANCE = {"model": "toy", "tokenizer": "9f", "temperature": 1.0, "prompts": ["a", 2]}
@@ -119,11 +120,11 @@ def test_padding_takes_no_room_on_disk(tmp_path):
         file.truncate(1 << 20)
     if (tmp_path / "hole").stat().st_blocks:
         pytest.skip("this file system has no sparse files")
-    _write_records(tmp_path / "x", [b"record"] * 3)
+    write_records(tmp_path / "x", [b"record"] * 3, CACHE.options)
     status = (tmp_path / "x").stat()
     assert status.st_size == 2 << 16
     assert status.st_blocks * 512 <= 16 << 10
-    assert "parallelism:1" in WRITER_OPTIONS
+    assert "parallelism:1" in CACHE.options
 
 
 def test_misuse_of_a_writer_is_refused(tmp_path):
@@ -271,7 +272,7 @@ def swap(path):
 
 def foreign(records):
     def damage(path):
-        _write_records(path, records)
+        write_records(path, records, CACHE.options)
         sizes = {
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -15,7 +15,7 @@ from uld_jax.cli import compose
 from uld_jax.cli.compose import progress_bar, say
 from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
-from uld_jax.data.signal_writer import ANSWERS
+from uld_jax.data.signal_store import ANSWERS
 from uld_jax.errors import UserError
 from uld_jax.sharding import make_mesh
 from uld_jax.teacher import (

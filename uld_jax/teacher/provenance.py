@@ -13,8 +13,8 @@ from typing import Any
 
 from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Pair, Side, SignalStore, pairs_or_reasons
-from uld_jax.data.signal_store import MANIFEST, differences, read_json
-from uld_jax.data.signal_writer import ANSWERS
+from uld_jax.data.shards import MANIFEST, differences, read_json
+from uld_jax.data.signal_store import ANSWERS, CACHE
 from uld_jax.errors import UserError
 from uld_jax.files import write_json
 from uld_jax.models import EncoderDecoderConfig, LoadedModel, LoadedTokenizer
@@ -151,7 +151,7 @@ def open_cache(directory: str | Path, expected: Provenance) -> SignalStore:
     """
     path = Path(directory) / MANIFEST
     if path.is_file():
-        _compare(directory, read_json(path).get("provenance", {}), expected)
+        _compare(directory, read_json(path, CACHE).get("provenance", {}), expected)
     return SignalStore(directory)
 
 
@@ -207,7 +207,7 @@ def read_answers(
             "--config.data.answers=teacher, or set --config.data.answers=gold for a cache of the "
             "data set's own"
         )
-    content = read_json(path)
+    content = read_json(path, CACHE)
     if not content.keys() >= {"made_from", "answers"}:
         raise UserError(f"{path}: expected made_from and answers, got {sorted(content)}")
     _compare(path, content["made_from"], _answers_setup(config, m, side, examples))
