@@ -103,7 +103,7 @@ def test_override_is_read_as_the_type_of_its_field(path, given, value):
             "zzz",
             "1",
             "unknown config field 'zzz': the groups are student, teacher, data, loss, optimizer, "
-            "train, mesh, eval",
+            "train, mesh, eval, generate",
         ),
         (
             "mesh",
@@ -214,6 +214,16 @@ UNSOUND = {
     "eval.batch_size": 0,
     "eval.max_new_tokens": 0,
     "eval.samples": -1,
+    "generate.split": "test",
+    "generate.samples": 0,
+    "generate.temperature": -1.0,
+    "generate.top_k": -1,
+    "generate.top_p": 0.0,
+    "generate.seed": -1,
+    "generate.stop": "line",
+    "generate.stop_strings": '["Question:", ""]',
+    "generate.cut_answers": "maybe",
+    "generate.shard_size": 0,
 }
 
 
@@ -276,6 +286,19 @@ def test_wrong_type_from_a_config_file_is_reported_and_not_compared():
             "student.lora_targets: expected nothing where student.lora_rank is 0 (train all "
             "weights), got 'mlp.up'; set --config.student.lora_rank=8",
         ),
+        (
+            {"generate.stop": "strings"},
+            8,
+            "generate.stop: expected strings together with generate.stop_strings, got strings "
+            "with []; set",
+        ),
+        ({"generate.stop_strings": '["Q:"]'}, 8, "generate.stop: expected strings together with"),
+        (
+            {"generate.samples": 2},
+            8,
+            "generate.samples: expected 1 where generate.temperature is 0, as all would be the "
+            "same, got 2; set --config.generate.temperature=1",
+        ),
         ({"student.max_length": 20}, 8, "eval.max_new_tokens: expected less than student.max_len"),
         (
             {"mesh.fsdp": -1},
@@ -316,16 +339,24 @@ def test_contradiction_is_one_error(overrides, devices, error):
     assert found.startswith(error)
 
 
+@pytest.mark.parametrize("text", ["Question:", '["Q:", 3]', '{"Q:": 1}', '"Q:"', "["])
+def test_stop_strings_are_a_list_of_texts(text):
+    (error,) = validate(apply_overrides(SOUND, {"generate.stop_strings": text})[0])
+    assert error.startswith("generate.stop_strings: expected a JSON list of texts")
+
+
 @pytest.mark.parametrize(
     ("overrides", "devices"),
     [
+        ({"generate.stop": "strings", "generate.stop_strings": '["\\n\\n", "Q:"]'}, 8),
+        ({"generate.samples": 4, "generate.temperature": 0.7}, 8),
         ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 8),
         ({"mesh.data": 1, "mesh.tensor": -1, "data.batch_size": 3}, 8),
         ({"mesh.data": 2, "mesh.fsdp": 2}, None),
         ({"train.accumulation": 2, "data.batch_size": 16}, 8),
     ],
 )
-def test_sound_mesh_and_batch(overrides, devices):
+def test_sound_together(overrides, devices):
     assert validate(apply_overrides(SOUND, overrides)[0], device_count=devices) == []
 
 
@@ -361,7 +392,7 @@ def test_json_with_unknown_fields_and_wrong_types_names_them_all():
         "  config group 'mesh' has no value of its own: set one of its fields (data, fsdp, tensor)",
         "  unknown config field 'losses': did you mean 'loss'?",
         "  unknown config field 'colour': the groups are student, teacher, data, loss, optimizer, "
-        "train, mesh, eval",
+        "train, mesh, eval, generate",
     ]
 
 

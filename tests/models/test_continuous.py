@@ -240,3 +240,24 @@ def test_the_padding_uses_no_positions(lively):
     assert models.generate(plain, [prompt], **SETTINGS) == models.generate(
         scaled, [prompt], **SETTINGS
     )
+
+
+def test_numbers_stand_for_places(lively):
+    model = lively(tiny_config())
+    prompts = [prompt for prompt in PROMPTS if len(prompt) <= 16][:6]
+    settings = SETTINGS | {"sampling": models.Sampling(temperature=1.5), "key": jax.random.key(3)}
+
+    def ids(prompts, numbers, **more):
+        numbers = np.array(numbers, np.uint32)
+        return ids_of(models.continue_prompts(model, prompts, numbers=numbers, **settings, **more))
+
+    places = [[i] for i in range(6)]
+    assert ids(prompts, places) == ids_of(models.continue_prompts(model, prompts, **settings))
+    numbers = [[2**32 - 1 - i, 7, i % 2] for i in range(6)]
+    found = ids(prompts, numbers)
+    assert ids(prompts[::-1], numbers[::-1], batch_size=4)[::-1] == found
+    # Each of them counts.
+    for column in range(3):
+        other = np.array(numbers, np.uint32)
+        other[:, column] += 9
+        assert all(a != b for a, b in zip(ids(prompts, other), found, strict=True) if len(a) > 2)

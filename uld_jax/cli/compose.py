@@ -50,11 +50,12 @@ def say(message: str) -> None:
     console.print(message, soft_wrap=True, markup=False)
 
 
-def run_config(args: argparse.Namespace) -> RunConfig:
+def run_config(args: argparse.Namespace, *, device_count: int | None = None) -> RunConfig:
     """The resolved config of a run: from --config and its overrides, or from the workdir.
 
     Args:
         args: Parsed flags with config, overrides and workdir.
+        device_count: Devices that the mesh must cover; all of them by default.
 
     Returns:
         The config.
@@ -72,8 +73,9 @@ def run_config(args: argparse.Namespace) -> RunConfig:
     base = configs.load(args.config) if args.config else saved
     assert base is not None
     config, errors = configs.apply_overrides(base, args.overrides)
+    device_count = jax.device_count() if device_count is None else device_count
     config = configs.resolve(
-        config, device_count=jax.device_count(), process_count=jax.process_count(), errors=errors
+        config, device_count=device_count, process_count=jax.process_count(), errors=errors
     )
     different = configs.differences(saved, config) if saved is not None else []
     if different:

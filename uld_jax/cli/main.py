@@ -17,7 +17,7 @@ from uld_jax.errors import UserError
 
 COMMANDS = {
     "train": "distil a teacher into a student, or resume a run",
-    "generate": "let the teacher answer a data set's training questions",
+    "generate": "let the teacher answer a data set's questions, or resume that",
     "cache": "store what the teacher says of the training answers; again: continue",
     "evaluate": "score a model's answers to held-out questions",
     "export": "write a run's student as a Hugging Face directory",

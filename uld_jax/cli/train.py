@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 
 from uld_jax import models
 from uld_jax.cli import compose
+from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
 from uld_jax.cli.teachers import (
     Teacher,
@@ -19,11 +21,18 @@ from uld_jax.cli.teachers import (
     taught_from,
 )
 from uld_jax.config import RunConfig
-from uld_jax.data import Example, Loader, Side, encode_pairs, encode_prompts, make_loader
+from uld_jax.data import (
+    Example,
+    Loader,
+    Side,
+    encode_pairs,
+    encode_prompts,
+    load_examples,
+    make_loader,
+)
 from uld_jax.errors import UserError
 from uld_jax.evaluation import comparison_table, plot_losses, sample_table
 from uld_jax.sharding import batch_shards
-from uld_jax.teacher import generate_answers
 from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
 from uld_jax.train.loop import step_count
 
@@ -72,6 +81,12 @@ def run(args: argparse.Namespace) -> None:
         UserError: Bad input of any kind.
     """
     config = compose.run_config(args)
+    if config.data.answers == "teacher" and config.generate.samples > 1:
+        raise UserError(
+            f"generate.samples={config.generate.samples}: expected 1, an answer to each question; "
+            "let `uld-jax generate` write several, and set --config.data.source=generated:DIR "
+            "--config.data.answers=gold"
+        )
     meshes = compose.meshes(config)
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
     teachers = load_teachers(config, meshes)
@@ -87,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"data: {len(train_set)} training and {len(eval_set)} held-out questions")
     before = reuse_or_make(workdir / "before.json", lambda: _measure(job, "before training"))
     if loader is None:
-        loader = loader_of(job, reuse_or_make(workdir / "teacher_answers.json", lambda: _ask(job)))
+        loader = loader_of(job, _answers(job))
     job.student = dataclasses.replace(student, model=_distil(job, loader))
     after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
     _save(job, before, after, steps=step_count(loader, config))
@@ -121,21 +136,34 @@ def _measure(job: Job, when: str) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
-def _ask(job: Job) -> dict[str, str]:
-    """The teacher's answers."""
-    config, teacher = job.config, job.teachers[0]
+def _answers(job: Job) -> dict[str, str]:
+    """The teacher's answers, from shards that are kept until they are one file."""
+    shards = job.workdir / "teacher_answers"
+    answers = reuse_or_make(job.workdir / "teacher_answers.json", lambda: _ask(job, shards))
+    if shards.is_dir():
+        shutil.rmtree(shards)
+    return answers
+
+
+def _ask(job: Job, shards: Path) -> dict[str, str]:
+    """Example id to answer; one that is empty is there, one that is too long is not."""
+    teacher = job.teachers[0]
     assert isinstance(teacher, models.LoadedModel)
-    with progress_bar("the teacher answers the training questions", len(job.train_set)) as progress:
-        return generate_answers(
-            teacher,
-            job.train_set,
-            job.teacher_sides[0],
-            pool=job.train_set,
-            seed=config.data.seed,
-            max_new_tokens=config.teacher.max_new_tokens,
-            batch_size=config.teacher.batch_size,
-            progress=progress,
-        )
+    writer = answer_split(
+        job.config,
+        teacher,
+        job.train_set,
+        pool=job.train_set,
+        directory=shards,
+        split="train",
+        samples=1,
+        title="the teacher answers the training questions",
+    )
+    manifest = writer.finish()
+    found = {id_: "" for s in manifest["shards"] for id_ in s["dropped"].get("empty_answer", ())}
+    if manifest["answers"]:
+        found |= {e.id: e.answers[0] for e in load_examples(f"generated:{shards}", "train")}
+    return {example.id: found[example.id] for example in job.train_set if example.id in found}
 
 
 def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
@@ -162,13 +190,16 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
     read = [
         pair for pair in pairs if all(pair.id in store for store in signals if store is not None)
     ]
+    drop = config.data.answers == "teacher" and config.generate.cut_answers == "drop"
+    cut = f" or teacher.max_new_tokens={config.teacher.max_new_tokens}" if drop else ""
     message = compose.limit_message(
         [
             ("without a signal in a teacher's cache", len(pairs) - len(read)),
             ("with an empty answer", dropped.empty_answer),
             (f"over student.max_length={config.student.max_length}", dropped.too_long_student),
             (
-                f"over teacher.max_length={', '.join(str(t.max_length) for t in config.teachers)}",
+                f"over teacher.max_length={', '.join(str(t.max_length) for t in config.teachers)}"
+                f"{cut}",
                 dropped.too_long_teacher + len(job.train_set) - len(answered),
             ),
         ]

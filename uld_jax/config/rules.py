@@ -1,6 +1,7 @@
 """Fields of config dataclasses that carry the rule which their value must obey."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -123,6 +124,27 @@ def names(*options: str) -> Any:
         f"names with commas between them, out of {', '.join(options)}",
         lambda value: not value or set(value.split(",")) <= set(options),
     )
+
+
+def texts() -> Any:
+    """A JSON list of texts, empty by default.
+
+    Returns:
+        The field.
+
+    Example:
+        >>> texts().metadata["check"]('["Question:"]')
+        True
+    """
+
+    def check(value: str) -> bool:
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return False
+        return isinstance(found, list) and all(isinstance(t, str) and t for t in found)
+
+    return field("[]", 'a JSON list of texts that are not empty, as ["Question:"]', check)
 
 
 def axis(default: int) -> Any:

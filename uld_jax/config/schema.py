@@ -275,6 +275,36 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How the teacher writes answers, for `uld-jax generate` and in `uld-jax train`.
+
+    Attributes:
+        split: whose questions `uld-jax generate` puts to it: train | eval.
+        samples: answers to each question; `uld-jax train` has one.
+        temperature: of the sampling; 0 = always the most likely token.
+        top_k: sample from the k most likely tokens; 0 = from all.
+        top_p: sample from the most likely tokens up to this mass.
+        seed: of the sampling.
+        stop: what the answer is: first_line (that is not blank) | strings (up to one of
+            stop_strings) | none (all of it).
+        stop_strings: a JSON list of texts.
+        cut_answers: what becomes of answers that teacher.max_new_tokens cuts: keep | drop.
+        shard_size: questions that are answered and then written; a kill loses no more.
+    """
+
+    split: str = rules.choice("train", "eval")
+    samples: int = rules.at_least(1, 1)
+    temperature: float = rules.at_least(0, 0.0)
+    top_k: int = rules.at_least(0, 0)
+    top_p: float = rules.field(1.0, "a number > 0 and <= 1", lambda value: 0 < value <= 1)
+    seed: int = rules.at_least(0, 0)
+    stop: str = rules.choice("first_line", "strings", "none")
+    stop_strings: str = rules.texts()
+    cut_answers: str = rules.choice("keep", "drop")
+    shard_size: int = rules.at_least(1, 256)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that a run needs; each attribute is described in its own class.
 
@@ -293,6 +323,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     extra_teachers: tuple[TeacherConfig, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,12 +1,13 @@
 """Every mistake in a configuration, found before anything is loaded."""
 
+import json
 import math
 from collections.abc import Sequence
 
 from uld_jax.config import streaming
 from uld_jax.config.convert import flatten, raise_all
 from uld_jax.config.fields import value_error
-from uld_jax.config.schema import MeshConfig, RunConfig, TeacherConfig
+from uld_jax.config.schema import GenerateConfig, MeshConfig, RunConfig, TeacherConfig
 
 
 def validate(
@@ -48,6 +49,8 @@ got ''; set --config.student.source=..."
         if sound(f"{name}."):
             errors += _cache_errors(name, teacher, config.train.on_policy_fraction)
             errors += _server_errors(name, teacher, config.loss.teacher_temperature)
+    if sound("generate."):
+        errors += _generate_errors(config.generate)
     errors += [
         _no_room(answer, length, values[answer], values[length])
         for answer, length in (
@@ -135,6 +138,22 @@ def _server_errors(name: str, teacher: TeacherConfig, temperature: float) -> lis
         errors.append(
             f"loss.teacher_temperature: expected 1 where {name}.server is set, for a server tells "
             f"probabilities at 1 alone, got {temperature}; set --config.loss.teacher_temperature=1"
+        )
+    return errors
+
+
+def _generate_errors(generate: GenerateConfig) -> list[str]:
+    errors = []
+    if (generate.stop == "strings") != (json.loads(generate.stop_strings) != []):
+        errors.append(
+            "generate.stop: expected strings together with generate.stop_strings, got "
+            f"{generate.stop} with {generate.stop_strings}; set --config.generate.stop=strings "
+            """and --config.generate.stop_strings='["Question:"]', or neither"""
+        )
+    if generate.samples > 1 and generate.temperature == 0:
+        errors.append(
+            "generate.samples: expected 1 where generate.temperature is 0, as all would be the "
+            f"same, got {generate.samples}; set --config.generate.temperature=1"
         )
     return errors
 

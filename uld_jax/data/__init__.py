@@ -1,6 +1,12 @@
 """From question-answer files to training batches; numpy only, no accelerator is started."""
 
 from uld_jax.data.align import align_spans, positional_pairs
+from uld_jax.data.answers import Answer, AnswerWriter, verify_answers
+from uld_jax.data.fingerprints import (
+    fingerprint_examples,
+    fingerprint_prompts,
+    fingerprint_tokenizer,
+)
 from uld_jax.data.loader import Loader, make_loader
 from uld_jax.data.pack import collate
 from uld_jax.data.prompts import Prompt, chat_template, draw_shots, first_line, render
@@ -20,6 +26,8 @@ from uld_jax.data.tokenize import (
 )
 
 __all__ = [
+    "Answer",
+    "AnswerWriter",
     "Encoded",
     "Example",
     "Loader",
@@ -38,6 +46,9 @@ __all__ = [
     "encode_pairs",
     "encode_prompts",
     "encode_signal",
+    "fingerprint_examples",
+    "fingerprint_prompts",
+    "fingerprint_tokenizer",
     "first_line",
     "load_examples",
     "make_loader",
@@ -46,4 +57,5 @@ __all__ = [
     "positional_pairs",
     "render",
     "truncate_signal",
+    "verify_answers",
 ]

@@ -2,13 +2,29 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from uld_jax.data.records import Example, read_builtin, read_qa_jsonl, read_squad_json
+
+
+def record_features(more: Mapping[str, Any] | None = None) -> tfds.features.FeaturesDict:
+    """The features of an `Example`.
+
+    Args:
+        more: Others beside them.
+
+    Returns:
+        The features.
+    """
+    text = tfds.features.Text()
+    own = dict.fromkeys(("id", "kind", "context", "question", "title"), text)
+    return tfds.features.FeaturesDict(
+        {**own, "answers": tfds.features.Sequence(text), **(more or {})}
+    )
 
 
 class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
@@ -35,20 +51,10 @@ class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", data_dir=data_dir / digest.hexdigest())
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self,
             description="Question-answer and prompt-completion records.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": text,
-                    "kind": text,
-                    "context": text,
-                    "question": text,
-                    "answers": tfds.features.Sequence(text),
-                    "title": text,
-                }
-            ),
+            features=record_features(),
             disable_shuffling=True,
         )
 

@@ -1,12 +1,14 @@
 """Where examples come from: shipped questions, files by path, or a registered TFDS data set."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uld_jax.data.answers import answer_id, verify_answers
 from uld_jax.data.records import SPLITS, Example
 from uld_jax.errors import UserError
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Example", "load_examples"]
 
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin_qa"
-SCHEMES = ("builtin", "squad_json:PATH", "jsonl:PATH", "tfds:NAME")
+SCHEMES = ("builtin", "squad_json:PATH", "jsonl:PATH", "tfds:NAME", "generated:DIR")
 # What a registered data set may call the split that this package calls "eval".
 TFDS_EVAL_SPLITS = ("eval", "validation", "test")
 
@@ -26,8 +28,9 @@ def load_examples(source: str, split: str, *, data_dir: str | Path | None = None
 
     Args:
         source: "builtin" (shipped questions), "squad_json:PATH" (a SQuAD v1.1 file),
-            "jsonl:PATH" (JSON lines) or "tfds:NAME" (a registered TFDS data set with SQuAD's
-            features; the first use needs the network). Files may end in .gz.
+            "jsonl:PATH" (JSON lines), "tfds:NAME" (a registered TFDS data set with SQuAD's
+            features; the first use needs the network) or "generated:DIR" (what `uld-jax
+            generate` has written, every byte verified). Files may end in .gz.
         split: "train" or "eval". A file is split by article, title, context or prompt, so
             that no text is in both.
         data_dir: Where prepared copies are kept, one per file content. Default
@@ -50,6 +53,9 @@ def load_examples(source: str, split: str, *, data_dir: str | Path | None = None
     """
     if split not in SPLITS:
         raise UserError(f"split {split!r} of {source}: expected one of {list(SPLITS)}")
+    scheme, _, argument = source.partition(":")
+    if scheme == "generated" and argument:
+        return _read_generated(Path(argument).expanduser(), split)
     builder = _prepare(source, _cache_directory(data_dir))
     if source.startswith("tfds:"):
         names = TFDS_EVAL_SPLITS if split == "eval" else ("train",)
@@ -66,6 +72,28 @@ def load_examples(source: str, split: str, *, data_dir: str | Path | None = None
     # TFDS's decorator hides the method's parameters from type checkers.
     records = builder.as_data_source(split=found)  # pyright: ignore[reportCallIssue]
     return [read(record, source) for record in records.__getitems__(range(len(records)))]
+
+
+def _read_generated(directory: Path, split: str) -> list[Example]:
+    """A teacher's answers, each an example; of several to a question each has its own id."""
+    import tensorflow_datasets as tfds
+
+    manifest = verify_answers(directory)
+    if split != manifest["split"]:
+        raise UserError(
+            f"generated:{directory}: split {split!r} is not there, expected the answers' own, "
+            f"{manifest['split']!r}: for evaluation name the data set that was answered, "
+            "--config.data.eval_source=…"
+        )
+    builder = tfds.builder_from_directory(directory)
+    # TFDS's decorator hides the method's parameters from type checkers.
+    records = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+    examples = []
+    for record in records.__getitems__(range(len(records))):
+        own = _own_example(record, str(directory))
+        number = answer_id(own.id, int(record.get("sample", 0)), manifest["samples"])
+        examples.append(dataclasses.replace(own, id=number))
+    return examples
 
 
 def _cache_directory(data_dir: str | Path | None) -> Path:

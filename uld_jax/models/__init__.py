@@ -2,10 +2,11 @@
 
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.continuous import Continuation
-from uld_jax.models.decode import complete, continue_prompts, generate, line_stop_ids
+from uld_jax.models.decode import complete, continue_prompts, end_ids, generate, line_stop_ids
 from uld_jax.models.decoder import Decoder, parameters
 from uld_jax.models.encoder_decoder import EncoderDecoder
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from uld_jax.models.fingerprint import fingerprint
 from uld_jax.models.hf_io import (
     LoadedModel,
     LoadedTokenizer,
@@ -13,6 +14,7 @@ from uld_jax.models.hf_io import (
     load,
     load_tokenizer,
     model_class,
+    revision_of,
     save_pretrained,
     weights_fingerprint,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "add_adapters",
     "complete",
     "continue_prompts",
+    "end_ids",
+    "fingerprint",
     "generate",
     "line_stop_ids",
     "load",
@@ -42,6 +46,7 @@ __all__ = [
     "model_class",
     "parameters",
     "quantize",
+    "revision_of",
     "save_pretrained",
     "split_trained",
     "weights_fingerprint",

@@ -88,20 +88,26 @@ class Batcher:
         self._pool: Any = None
 
     def run(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], order: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        order: Sequence[int],
+        numbers_NW: np.ndarray | None = None,
     ) -> Iterator[dict[int, Continuation]]:
         """Continues prompts.
 
         Args:
             prompts: Token ids.
             order: Which of them, in which order.
+            numbers_NW: uint32, folded into the key for each prompt; its place by default.
 
         Yields:
             The continuations that became known together, by their prompts' numbers.
         """
+        if numbers_NW is None:
+            numbers_NW = np.arange(len(prompts), dtype=np.uint32)[:, None]
         waiting = collections.deque(order)
         while waiting or (self._owner >= 0).any():
-            self._admit(prompts, waiting)
+            self._admit(prompts, numbers_NW, waiting)
             enough = min(self._group, len(waiting)) if waiting else self._rows
             self._pool = advance(
                 *self._model,
@@ -114,7 +120,9 @@ class Batcher:
             if done := self._collect():
                 yield done
 
-    def _admit(self, prompts: Sequence[Any], waiting: collections.deque[int]) -> None:
+    def _admit(
+        self, prompts: Sequence[Any], numbers_NW: np.ndarray, waiting: collections.deque[int]
+    ) -> None:
         """Gives idle rows to waiting prompts, where a whole group of rows is idle."""
         while waiting:
             idle = np.flatnonzero(self._owner < 0)
@@ -133,7 +141,7 @@ class Batcher:
             for place, i in enumerate(numbers):
                 lengths[place], of_row[place] = len(prompts[i]), i
                 tokens[place, : lengths[place]] = prompts[i]
-            new = (tokens, lengths, of_row)
+            new = (tokens, lengths, numbers_NW[of_row])
             if whole:
                 self._pool = None  # before there is another
                 self._pool = fill(*self._model, *new, plan=self._plan)

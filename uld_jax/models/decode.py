@@ -39,6 +39,7 @@ def continue_prompts(
     tokenizer: Any = None,
     log_probs: bool = False,
     key: jax.Array | None = None,
+    numbers: np.ndarray | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[Continuation]:
@@ -61,6 +62,8 @@ def continue_prompts(
         log_probs: Whether they have log-probabilities.
         key: PRNG key for sampling; key 0 by default. A sample depends on it, on the prompt and on
             its place in prompt_ids, not on what else is in the pool.
+        numbers: uint32 [prompts, any], which stand for the prompts' places there: what they
+            are folded into the key for.
         batch_size: Rows of the pool; on a mesh rounded up to a multiple of its batch shards.
         progress: Called with the number of prompts done since the last call.
 
@@ -101,7 +104,7 @@ def continue_prompts(
             width = min(width, model.config.max_positions - max_new_tokens)
             run_plan = dataclasses.replace(plan, width=width)
             batcher = Batcher(model, request, run_plan, rows=rows, shards=shards, stops=stops)
-            for done in batcher.run(prompt_ids, run):
+            for done in batcher.run(prompt_ids, run, numbers):
                 answers |= done
                 if progress is not None:
                     progress(len(done))
@@ -223,6 +226,20 @@ def _check_prompts(
         )
 
 
+def end_ids(m: "LoadedModel") -> list[int]:
+    """Every token that ends a text: the model's and the tokenizer's end of sequence.
+
+    Args:
+        m: The model and its tokenizer.
+
+    Returns:
+        Token ids, ascending.
+    """
+    ends = [i for i in (m.config.eos_id, m.tokenizer.eos_token_id) if i is not None]
+    # Instruction-tuned models may name several.
+    return sorted({int(i) for each in ends for i in np.atleast_1d(each)})
+
+
 def line_stop_ids(m: "LoadedModel") -> list[int]:
     """Every token that ends a one-line answer: end of sequence, and line breaks.
 
@@ -234,9 +251,7 @@ def line_stop_ids(m: "LoadedModel") -> list[int]:
     """
     texts = m.tokenizer.batch_decode([[i] for i in range(m.config.vocab_size)])
     breaks = {i for i, text in enumerate(texts) if "\n" in text and not text.strip()}
-    ends = [i for i in (m.config.eos_id, m.tokenizer.eos_token_id) if i is not None]
-    # Instruction-tuned models may name several.
-    return sorted(breaks.union(*(np.atleast_1d(i).tolist() for i in ends)))
+    return sorted(breaks.union(end_ids(m)))
 
 
 def complete(

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 import transformers
 from flax import nnx
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -246,6 +246,25 @@ def _locate(source: str, patterns: list[str]) -> Path:
             f"{source}: no such directory here, and the hub did not give it: {reason}"
         ) from error
     return path
+
+
+def revision_of(source: str | os.PathLike[str]) -> str | None:
+    """The commit of a hub id that `load` took its files from.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        The commit's hash; None for a directory or a file.
+
+    Example:
+        >>> revision_of("somewhere/model.gguf")
+    """
+    text = str(source)
+    if Path(text).expanduser().exists() or text.endswith(".gguf"):
+        return None
+    found = try_to_load_from_cache(text, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def abstract_decoder(config: DecoderConfig, policy: Policy, param_dtype: Any) -> Decoder:

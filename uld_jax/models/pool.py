@@ -52,7 +52,7 @@ class Pool:
 
     Args:
         cache: What they have read.
-        prompt_B: int32, the number of each row's prompt.
+        numbers_BW: uint32, of each row's prompt.
         token_B: int32, the token that each reads next.
         position_B: int32, where.
         count_B: int32, the tokens of its answer so far.
@@ -63,7 +63,7 @@ class Pool:
     """
 
     cache: Any
-    prompt_B: jax.Array
+    numbers_BW: jax.Array
     token_B: jax.Array
     position_B: jax.Array
     count_B: jax.Array
@@ -80,7 +80,7 @@ def fill(
     request: Request,
     prompts_BP: jax.Array,
     lengths_B: jax.Array,
-    prompt_B: jax.Array,
+    numbers_BW: jax.Array,
     *,
     plan: Plan,
 ) -> Pool:
@@ -92,7 +92,7 @@ def fill(
         request: What is asked of it.
         prompts_BP: int32 token ids, right-padded to at most `plan.width`.
         lengths_B: Tokens of each; 0 for a row that is done before it starts.
-        prompt_B: The numbers of the prompts: with the key and the step, they decide a sample.
+        numbers_BW: uint32, of the prompts: with the key and the step, they decide a sample.
         plan: What the program is made for.
 
     Returns:
@@ -108,7 +108,7 @@ def fill(
     rows = len(lengths_B)
     pool = Pool(
         cache=widen_prompts(cache, plan.width),
-        prompt_B=prompt_B,
+        numbers_BW=numbers_BW,
         token_B=jnp.zeros(rows, jnp.int32),
         position_B=position_B,
         count_B=jnp.zeros(rows, jnp.int32),
@@ -132,7 +132,7 @@ def refill(
     rows_R: jax.Array,
     prompts_RP: jax.Array,
     lengths_R: jax.Array,
-    prompt_R: jax.Array,
+    numbers_RW: jax.Array,
     *,
     plan: Plan,
 ) -> Pool:
@@ -146,13 +146,13 @@ def refill(
         rows_R: int32, the rows; B for a prompt that is none.
         prompts_RP: As in `fill`.
         lengths_R: As in `fill`.
-        prompt_R: As in `fill`.
+        numbers_RW: As in `fill`.
         plan: What the program is made for.
 
     Returns:
         The pool.
     """
-    fresh = fill(graph, params, request, prompts_RP, lengths_R, prompt_R, plan=plan)
+    fresh = fill(graph, params, request, prompts_RP, lengths_R, numbers_RW, plan=plan)
     cache = replace_rows(pool.cache, fresh.cache, rows_R)
     others = (dataclasses.replace(each, cache=None) for each in (pool, fresh))
     merged = jax.tree.map(lambda old, new: old.at[rows_R].set(new, mode="drop"), *others)
@@ -208,10 +208,10 @@ def _choose(pool: Pool, logits_BV: jax.Array, request: Request, plan: Plan) -> P
     """Chooses and records each row's next token, and ends the rows whose last it is."""
     keys_B = None
     if "temperature" in request.settings:
-        # A sample depends on nothing but the key, the prompt's number and the step.
-        fold = jax.vmap(jax.random.fold_in)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(request.key, pool.prompt_B)
-        keys_B = fold(keys_B, pool.count_B)
+        # A sample depends on nothing but the key, the prompt's numbers and the step.
+        keys_B = jnp.broadcast_to(request.key, pool.count_B.shape)
+        for number_B in (*pool.numbers_BW.T, pool.count_B):
+            keys_B = jax.vmap(jax.random.fold_in)(keys_B, number_B)
     token_B = choose(logits_BV, keys_B, pool.seen_BV, **request.settings)
     going_B = ~pool.done_B & ~jnp.isin(token_B, request.stop_ids)
     slots = jnp.arange(plan.new_tokens)[None]
