@@ -1,5 +1,6 @@
 """Files that are whole or absent, never half-written."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -46,3 +47,23 @@ def write_json(path: Path, value: Any) -> None:
         {'f1': 50.0}
     """
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "empty"
+        >>> path.touch()
+        >>> sha256_of(path)[:8]
+        'e3b0c442'
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

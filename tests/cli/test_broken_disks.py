@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,9 +110,10 @@ def uld_process(*arguments, largest=resource.RLIM_INFINITY):
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest})); run()"
     )
     environment = os.environ | {
-        # What this process has compiled for its eight devices need not be compiled again.
+        # What this process has compiled for its eight devices need not be compiled again. Nothing
+        # is added: a program is larger than the files allowed here, and JAX warns of that.
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
         "PYTHONPATH": str(REPOSITORY),
     }
     return subprocess.run(
@@ -123,8 +125,23 @@ def uld_process(*arguments, largest=resource.RLIM_INFINITY):
     )
 
 
+def test_disk_full_of_answers(tiny, trained, tmp_path):
+    workdir = tmp_path / "full"
+    result = uld_process("train", tiny.config, f"--workdir={workdir}", largest=30_000)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {workdir}/")
+    assert "a shard could not be written (File too large); make room there" in line
+    assert result.returncode == 2
+    result = uld_process("train", f"--workdir={workdir}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_same_result(workdir, trained)
+
+
 def test_disk_full_of_checkpoints(tiny, trained, tmp_path):
     workdir = tmp_path / "full"
+    workdir.mkdir()
+    # Answers are in larger files than checkpoints of tiny models: they would fail before.
+    shutil.copy(trained / "teacher_answers.json", workdir)
     result = uld_process("train", tiny.config, f"--workdir={workdir}", largest=30_000)
     (line,) = result.stderr.splitlines()
     expected = f"{workdir / 'checkpoints'}: a checkpoint could not be written (File too large)"

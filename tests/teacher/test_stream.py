@@ -91,7 +91,7 @@ def test_of_a_cut_signal_the_rest_is_its_tail_and_its_error():
 
 def test_no_array_of_positions_by_vocabulary_is_made_or_moved():
     mesh, student_mesh = meshes((1, 1, 1), (2, 1, 1))
-    (arrays,) = toy_batch(groups=2)["teachers"]
+    (arrays,) = toy_batch(rows=24, groups=2)["teachers"]
     options = StreamOptions(depth=1, batch_size=8, top_k=10, chunk_size=8)
     stream = StreamedTeacher(place(decoder(), mesh), options, mesh=mesh, student_mesh=student_mesh)
     before = {id(x) for x in jax.live_arrays()}
@@ -105,7 +105,8 @@ def test_no_array_of_positions_by_vocabulary_is_made_or_moved():
     with jax.set_mesh(mesh):
         text = stream._read.lower(stream._params, inputs, index, plan=plan).as_text()
     assert f"8x{VOCAB}xf32" in text  # a chunk: the search below would find it
-    for size in ("32", "16", "160", "20"):  # positions in all and of a group, tokens likewise
+    # Positions in all and of a group; tokens in all, of a pass, and of a row. None is the width.
+    for size in ("96", "48", "480", "160", "20"):
         assert f"{size}x{VOCAB}xf32" not in text
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from uld_jax.data.records import Example, read_builtin, read_qa_jsonl, read_squad_json
+from uld_jax.files import sha256_of
 
 
 def record_features(more: Mapping[str, Any] | None = None) -> tfds.features.FeaturesDict:
@@ -46,8 +47,7 @@ class _RecordBuilder(tfds.core.GeneratorBasedBuilder):
         self._read = read
         digest = hashlib.sha256()
         for path in files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(path)))
         super().__init__(file_format="array_record", data_dir=data_dir / digest.hexdigest())
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -5,7 +5,6 @@ note beside it, written after it, so that a kill at any moment loses one shard's
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from uld_jax.errors import UserError
-from uld_jax.files import write_json
+from uld_jax.files import sha256_of, write_json
 
 MANIFEST = "manifest.json"
 # What a directory is being filled with; gone once the manifest says it.
@@ -255,12 +254,22 @@ def write_records(path: Path, records: Sequence[bytes], options: str) -> None:
         path: Where.
         records: What.
         options: Of ArrayRecordWriter.
+
+    Raises:
+        UserError: The disk is full, or will not be written to.
     """
     scratch = path.with_name(f".{path.name}")
-    writer = ArrayRecordWriter(str(scratch), options)
-    for record in records:
-        writer.write(record)
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(scratch), options)
+        for record in records:
+            writer.write(record)
+        writer.close()
+    except RuntimeError as error:  # which says, after the name of the call, what the system said
+        reason = str(error).partition("failed: ")[2].partition(";")[0] or str(error)
+        raise UserError(
+            f"{path}: a shard could not be written ({reason}); make room there, or choose another "
+            "directory, and run the command again: it goes on from the last whole shard"
+        ) from error
     whole = scratch.read_bytes()
     # ArrayRecord pads with zeros to 64 KiB twice: pages of them are left out, not written.
     with scratch.open("wb") as file:
@@ -300,19 +309,6 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 def _show(record: Mapping[str, Any], name: str, absent: str) -> str:
     # Through JSON, as the manifest keeps it: a tuple and a list are one.
     return repr(json.loads(json.dumps(record[name]))) if name in record else absent
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file.
-
-    Args:
-        path: Of the file.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_shard(path: Path, shard: Mapping[str, Any], kind: Kind) -> None:

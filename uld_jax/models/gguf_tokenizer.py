@@ -23,6 +23,7 @@ from gguf import Keys
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from uld_jax.errors import UserError
+from uld_jax.files import sha256_of
 
 _BUILDER_VERSION = 1  # part of the cache key: raise it when the same file gives another tokenizer
 _CHECKSUMS = "checksums.json"
@@ -356,15 +357,10 @@ def _is_intact(entry: Path) -> bool:
     try:
         stated = json.loads((entry / _CHECKSUMS).read_text("utf-8"))
         return isinstance(stated, dict) and stated == {
-            name: _sha256(entry / name) for name in {"tokenizer.json", *stated}
+            name: sha256_of(entry / name) for name in {"tokenizer.json", *stated}
         }
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _publish(
@@ -377,7 +373,7 @@ def _publish(
         tokenizer.save_pretrained(fresh)
         # Without the line breaks of save_pretrained the file is half as long and loads sooner.
         tokenizer.backend_tokenizer.save(str(fresh / "tokenizer.json"), pretty=False)
-        sums = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
+        sums = {path.name: sha256_of(path) for path in sorted(fresh.iterdir())}
         (fresh / _CHECKSUMS).write_text(json.dumps(sums), "utf-8")
         reloaded = transformers.PreTrainedTokenizerFast.from_pretrained(fresh)
         if not _moved(fresh, entry) and not _is_intact(entry):

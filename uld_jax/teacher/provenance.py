@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from uld_jax.config import RunConfig
-from uld_jax.data import Encoded, Example, Pair, Side, SignalStore, pairs_or_reasons
+from uld_jax.data import (
+    Encoded,
+    Example,
+    Pair,
+    Side,
+    SignalStore,
+    fingerprint_tokenizer,
+    pairs_or_reasons,
+)
 from uld_jax.data.shards import MANIFEST, differences, read_json
 from uld_jax.data.signal_store import ANSWERS, CACHE
 from uld_jax.errors import UserError
@@ -102,7 +110,7 @@ def _setup(
         "teacher": Path(teacher.source).name if _is_path(teacher.source) else teacher.source,
         "model": f"{c.family}, vocabulary {c.vocab_size}, width {c.width}, {layers} layers, "
         f"soft-cap {c.logit_softcap:g}",
-        "tokenizer": tokenizer_hash(m),
+        "tokenizer": fingerprint_tokenizer(m.tokenizer),
         "data": _hash([e.id, e.kind, e.title, e.context, e.question] for e in examples),
         "loss.teacher_temperature": float(config.loss.teacher_temperature),
         "teacher.chat": side.chat,
@@ -113,27 +121,6 @@ def _setup(
         # It decides which shots, and nothing else here.
         fields["data.seed"] = config.data.seed
     return fields
-
-
-def tokenizer_hash(m: LoadedModel | LoadedTokenizer) -> str:
-    """Tells a tokenizer from others by its content.
-
-    Args:
-        m: The model, or its tokenizer.
-
-    Returns:
-        The first half of a SHA-256, hexadecimal.
-
-    Example:
-        >>> from uld_jax.testing import tiny_model
-        >>> tokenizer_hash(tiny_model()) == tokenizer_hash(tiny_model(seed=1))
-        True
-    """
-    content = json.loads(m.tokenizer.backend_tokenizer.to_str())
-    # Left behind by the last call, and set anew by each.
-    for state in ("padding", "truncation"):
-        content.pop(state, None)
-    return _hash([content])
 
 
 def open_cache(directory: str | Path, expected: Provenance) -> SignalStore:

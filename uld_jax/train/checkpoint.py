@@ -1,7 +1,6 @@
 """Checkpoints of student, optimizer, key and data iterator: asynchronous, atomic, verified."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from uld_jax.errors import UserError
-from uld_jax.files import write_text
+from uld_jax.files import sha256_of, write_text
 from uld_jax.train.state import TrainState, param_shardings
 
 # In each checkpoint, written when all the rest is on the disk; `sha256sum -c` reads it.
@@ -243,9 +242,7 @@ def _digests(path: Path) -> str:
     # Not the files beside the items: orbax writes its times into them after the seal.
     for file in sorted(path.glob("*/**/*")):
         if file.is_file():
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            lines.append(f"{digest}  {file.relative_to(path)}\n")
+            lines.append(f"{sha256_of(file)}  {file.relative_to(path)}\n")
     return "".join(lines)
 
 
