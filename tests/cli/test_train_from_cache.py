@@ -54,6 +54,24 @@ def test_every_step_is_as_with_the_teacher_within_the_certified_error(runs):
         assert with_teacher["cross_entropy"] == pytest.approx(without["cross_entropy"], abs=0.01)
 
 
+def test_metrics_say_what_was_read_and_whose_the_work_was(runs):
+    _, _, online, offline, _ = runs
+    for asked, cached in zip(rows_of(online), rows_of(offline), strict=True):
+        assert asked["student_tokens"] == cached["student_tokens"] > 0
+        assert asked["teacher_tokens"] > 0 == cached["teacher_tokens"]
+        assert asked["teacher_share"] > 0 == cached["teacher_share"]
+        # Values are float32, as many as the longest signal of the batch, and two more.
+        width = cached["signal_bytes"] * cached["uld_positions"] / 4
+        assert width == pytest.approx(round(width), rel=1e-6)
+        assert width > 2
+        assert "signal_bytes" not in asked
+        for row in (asked, cached):
+            parts = sum(row[f"{part}_seconds"] for part in ("input", "host", "device"))
+            assert parts == pytest.approx(row["seconds"], abs=2e-4)
+            tokens = row["student_tokens"] + row["teacher_tokens"]
+            assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"], abs=0.1)
+
+
 def test_a_resumed_run_ends_the_same(runs, uld, tmp_path):
     *_, offline, _ = runs
     again = tmp_path / "again"

@@ -2,29 +2,20 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from uld_jax.benchmark.report import Sheet
 from uld_jax.benchmark.timing import median_ratio, quartiles
 from uld_jax.config import RunConfig
 from uld_jax.data import Loader
-from uld_jax.models import Decoder, split_trained
-from uld_jax.train import (
-    StepTeacher,
-    TrainState,
-    init_state,
-    make_optimizer,
-    state_shardings,
-    to_mesh,
-    train_step,
-)
+from uld_jax.models import Decoder
+from uld_jax.train import Program, TrainState, make_program, to_mesh
 from uld_jax.types import Batch
 
 __all__ = ["measure_signals", "signals_sheets"]
@@ -56,39 +47,25 @@ def measure_signals(
         it, the "cosine" of the gradients, and seconds of a step by way, after an untimed one;
         "seconds" and "tokens" by way; "ratio", the median of online over cache, batch by batch.
     """
-    graph, params, frozen = split_trained(student)
-    split = [nnx.split(teacher) for teacher in teachers]
-    tx = make_optimizer(config.optimizer, batches, params, config.train.max_nonfinite_steps)
-    fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
-    shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh)
-    state = jax.jit(fresh, out_shardings=shardings)(params)
-
-    def step(given: Sequence[tuple[Any, Any]]) -> Callable[[Batch], _Step]:
-        shares = zip(given, config.teacher_shares, strict=True)
-        known = [StepTeacher(graph, share) for (graph, _), share in shares]
-        fixed = {"student": graph, "teachers": known, "tx": tx, "loss": config.loss}
-        compiled = jax.jit(
-            functools.partial(train_step, **fixed),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        teacher_params = [params for _, params in given]
-        return lambda batch: _timed(compiled, state, teacher_params, batch, frozen)
-
-    steps = {ONLINE: step(split), CACHED: step([(None, None) for _ in split])}
+    make = functools.partial(make_program, student, config=config, steps=batches, mesh=mesh)
+    program, params = make(teachers)
+    programs = {ONLINE: program, CACHED: make([None for _ in teachers])[0]}
+    state = jax.jit(program.fresh, out_shardings=program.shardings)(params)
     rows = []
     with jax.set_mesh(mesh):
         for number in range(batches):
             found = {
-                way: steps[way](to_mesh(loader.collate(number, loader.rows(number)), mesh))
-                for way, loader in zip(steps, loaders, strict=True)
+                way: _timed(
+                    programs[way], state, to_mesh(loader.collate(number, loader.rows(number)), mesh)
+                )
+                for way, loader in zip(programs, loaders, strict=True)
             }
             rows.append(_compare(found[ONLINE], found[CACHED], config.loss.uld_weight))
-    seconds = {way: [row["seconds"][way] for row in rows] for way in steps}
+    seconds = {way: [row["seconds"][way] for row in rows] for way in programs}
     return {
         "batches": rows,
         "seconds": {way: quartiles(times)[1] for way, times in seconds.items()},
-        "tokens": {way: sum(row["tokens"][way] for row in rows) for way in steps},
+        "tokens": {way: sum(row["tokens"][way] for row in rows) for way in programs},
         "ratio": median_ratio(seconds[ONLINE], seconds[CACHED]),
     }
 
@@ -97,21 +74,24 @@ class _Step(NamedTuple):
     gradient: Any
     metrics: Mapping[str, Any]
     seconds: float
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """That were read, by the student and by its teachers."""
+        return int(self.metrics["student_tokens"] + self.metrics["teacher_tokens"])
 
 
-def _timed(
-    compiled: Any, state: TrainState, teacher_params: Any, batch: Batch, frozen: Any
-) -> _Step:
+def _timed(program: Program, state: TrainState, batch: Batch) -> _Step:
     """The second of two equal steps: the first compiles, and fills the processor's caches."""
     for _ in range(2):
         given = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         start = time.perf_counter()
-        after, metrics = jax.block_until_ready(compiled(given, teacher_params, batch, frozen))
+        given = given, program.teacher_params, batch, program.frozen
+        after, metrics = jax.block_until_ready(program.step(*given))
         seconds = time.perf_counter() - start
     # After one step the first moment is the gradient, scaled.
     gradient = optax.tree.get(after.opt_state, "mu")
-    return _Step(gradient, jax.device_get(metrics), seconds, _tokens(batch))
+    return _Step(gradient, jax.device_get(metrics), seconds)
 
 
 def _compare(online: _Step, cached: _Step, weight: float) -> dict[str, Any]:
@@ -123,12 +103,6 @@ def _compare(online: _Step, cached: _Step, weight: float) -> dict[str, Any]:
         "seconds": {ONLINE: online.seconds, CACHED: cached.seconds},
         "tokens": {ONLINE: online.tokens, CACHED: cached.tokens},
     }
-
-
-def _tokens(batch: Batch) -> int:
-    """Tokens of the batch that are read, by the student and by its teachers."""
-    read = [batch.student_segment_ids, *(getattr(t, "segment_ids", None) for t in batch.teachers)]
-    return int(sum(x.sum() for x in read if x is not None))
 
 
 @jax.jit

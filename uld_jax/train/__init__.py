@@ -2,22 +2,26 @@
 
 from uld_jax.train.checkpoint import Checkpoints, restore_params
 from uld_jax.train.loop import fit, to_mesh
-from uld_jax.train.metrics import MetricsWriter, read_metrics
+from uld_jax.train.metrics import TIMES, MetricsWriter, read_metrics
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
+from uld_jax.train.program import Program, make_program
 from uld_jax.train.state import TrainState, init_state, param_shardings, state_shardings
 from uld_jax.train.step import StepTeacher, gradients, train_step
 
 __all__ = [
+    "TIMES",
     "Checkpoints",
     "MetricsWriter",
     "OnPolicy",
+    "Program",
     "StepTeacher",
     "TrainState",
     "fit",
     "gradients",
     "init_state",
     "make_optimizer",
+    "make_program",
     "make_schedule",
     "param_shardings",
     "read_metrics",

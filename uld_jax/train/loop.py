@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uld_jax.config import RunConfig
 from uld_jax.data import Loader
 from uld_jax.errors import UserError
-from uld_jax.models import Decoder, split_trained
+from uld_jax.models import Decoder
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.teacher import StreamedTeacher
 from uld_jax.train.checkpoint import Checkpoints
+from uld_jax.train.clock import Clock
 from uld_jax.train.feed import FedBatch, Feed
 from uld_jax.train.metrics import MetricsWriter
 from uld_jax.train.on_policy import OnPolicy
-from uld_jax.train.optimizer import make_optimizer, make_schedule
-from uld_jax.train.state import TrainState, init_state, state_shardings
-from uld_jax.train.step import Metrics, StepTeacher, train_step
+from uld_jax.train.optimizer import make_schedule
+from uld_jax.train.program import Program, make_program
+from uld_jax.train.state import TrainState
+from uld_jax.train.step import Metrics
 from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
 
 
@@ -65,41 +66,33 @@ def fit(
     streams = [teacher if isinstance(teacher, StreamedTeacher) else None for teacher in teachers]
     if on_policy is not None and any(streams):
         raise ValueError("on_policy: expected None where a teacher streams")
-    graph, params, frozen = split_trained(student)
-    split = [
-        nnx.split(teacher) if isinstance(teacher, nnx.Module) else (None, None)
-        for teacher in teachers
-    ]
-    shares = config.teacher_shares
-    fixed = [StepTeacher(graph, share) for (graph, _), share in zip(split, shares, strict=True)]
-    tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
-    fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
-    shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh)
-    compiled = jax.jit(
-        functools.partial(train_step, student=graph, teachers=fixed, tx=tx, loss=config.loss),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    here = [None if isinstance(teacher, StreamedTeacher) else teacher for teacher in teachers]
+    program, params = make_program(student, here, config, steps=steps, mesh=mesh)
     iterator = loader.iterator()
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        state = _start(checkpoints, iterator, fresh, params, shardings)
-        schedule = make_schedule(config.optimizer, steps)
-        run = _Run(compiled, schedule, ([params for _, params in split], frozen), mesh, config)
-        first = int(state.step)
+        state = _start(checkpoints, iterator, program, params)
+        run = _Run(program, make_schedule(config.optimizer, steps), mesh, config)
+        clock, first = run.clock, int(state.step)
         feed = Feed(iterator, streams, steps - first)
         with MetricsWriter(workdir, step=first) as writer:
             for step in range(first + 1, steps + 1):
-                batch, host = feed.take(), {}
+                with clock.spent_on("input"):
+                    batch, host = feed.take(), {}
                 if on_policy is not None:
-                    now = nnx.merge(graph, state.params, *frozen)
-                    key = jax.random.wrap_key_data(state.key)
-                    arrays, host["on_policy_rows"] = on_policy.batch(now, loader, step - 1, key)
+                    jax.block_until_ready(state)  # which the samples are drawn from
+                    now, key = program.student(state.params), jax.random.wrap_key_data(state.key)
+                    with clock.spent_on("sampling"):
+                        arrays, host["on_policy_rows"] = on_policy.batch(now, loader, step - 1, key)
                     batch = dataclasses.replace(batch, arrays=arrays)
-                state = run.step(step, state, batch, host)
+                with clock.spent_on("host"):
+                    state = run.step(step, state, batch, host)
                 if any(streams):
                     # So no more signals exist than the student needs for this step and the next.
                     run.wait_for_the_step_before()
-                    feed.fill()
+                    with clock.spent_on("host"):
+                        feed.fill()
+                    with clock.spent_on("teacher"):
+                        jax.block_until_ready(batch.signals)
                 saving = step % config.train.checkpoint_every == 0 or step == steps
                 if saving or step % config.train.log_every == 0:
                     for row in run.flush():
@@ -108,21 +101,22 @@ def fit(
                             progress(row["step"], steps, row)
                 if saving:
                     writer.flush()
-                    checkpoints.save(state, batch.iterator_state)
-    return nnx.merge(graph, state.params, *frozen)
+                    with clock.spent_on("host"):
+                        checkpoints.save(state, batch.iterator_state)
+    return program.student(state.params)
 
 
 def _start(
     checkpoints: Checkpoints,
     iterator: grain.DatasetIterator[dict[str, Any]],
-    fresh: Callable[[nnx.State], TrainState],
+    program: Program,
     params: nnx.State,
-    shardings: TrainState,
 ) -> TrainState:
     """The state of the newest checkpoint, with the iterator moved to it, or a fresh one."""
-    restored = checkpoints.restore(jax.eval_shape(fresh, params), shardings)
+    like = jax.eval_shape(program.fresh, params)
+    restored = checkpoints.restore(like, program.shardings)
     if restored is None:
-        return jax.jit(fresh, out_shardings=shardings)(params)
+        return jax.jit(program.fresh, out_shardings=program.shardings)(params)
     state, iterator_state = restored
     iterator.set_state(iterator_state)
     return state
@@ -143,28 +137,28 @@ def step_count(loader: Loader, config: RunConfig) -> int:
 
 @dataclasses.dataclass
 class _Run:
-    """The compiled step and the metrics that are still on the devices."""
+    """The program, the metrics that are still on the devices, and the time."""
 
-    compiled: Callable[..., tuple[TrainState, Metrics]]
+    program: Program
     schedule: Callable[[int], Any]
-    fixed: tuple[list[nnx.State | None], tuple[nnx.State, ...]]
     mesh: Mesh
     config: RunConfig
     pending: list[tuple[dict[str, Any], Metrics]] = dataclasses.field(default_factory=list)
-    since: float = dataclasses.field(default_factory=time.perf_counter)
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     def step(
         self,
         step: int,
         state: TrainState,
         fed: FedBatch,
-        host: Mapping[str, int],
+        host: Mapping[str, float],
     ) -> TrainState:
-        teacher_params, frozen = self.fixed
+        program = self.program
         batch = to_mesh(fed.arrays, self.mesh, fed.signals)
         with jax.set_mesh(self.mesh):
-            state, metrics = self.compiled(state, teacher_params, batch, frozen)
-        self.pending.append(({"step": step, **host}, metrics))
+            state, metrics = program.step(state, program.teacher_params, batch, program.frozen)
+        known = {"step": step, **host, "teacher_share": program.cost(batch).teacher_share}
+        self.pending.append((known, metrics))
         return state
 
     def wait_for_the_step_before(self) -> None:
@@ -174,14 +168,13 @@ class _Run:
     def flush(self) -> list[dict[str, Any]]:
         """Fetches the pending metrics, adds rate and time, and stops a run that has diverged."""
         fetched = [(host, jax.device_get(metrics)) for host, metrics in self.pending]
-        now = time.perf_counter()
-        seconds = (now - self.since) / max(1, len(fetched))
-        self.pending, self.since = [], now
-        rows = []
+        times = {name: round(t, 4) for name, t in self.clock.lap(len(fetched)).items()}
+        self.pending, rows = [], []
         for host, metrics in fetched:
             row = {**host, **{name: value.item() for name, value in metrics.items()}}
             row["learning_rate"] = float(self.schedule(row["step"] - 1))
-            row["seconds"] = round(seconds, 4)
+            tokens = row["student_tokens"] + row["teacher_tokens"]
+            row |= {**times, "tokens_per_second": round(tokens / max(times["seconds"], 1e-4), 1)}
             rows.append(row)
         limit = self.config.train.max_nonfinite_steps
         bad = [row for row in rows if row["nonfinite_in_a_row"] > limit]

@@ -17,6 +17,17 @@ from tensorboardX.proto.summary_pb2 import (
 
 from uld_jax.files import write_text
 
+# What two equal runs do not have in common.
+TIMES = (
+    "seconds",
+    "input_seconds",
+    "host_seconds",
+    "sampling_seconds",
+    "teacher_seconds",
+    "device_seconds",
+    "tokens_per_second",
+)
+
 
 class MetricsWriter:
     """Writes every step's scalars to metrics.jsonl and TensorBoard.

@@ -1,7 +1,7 @@
 """The train step: one pure function of the state, the teachers and a batch."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +107,10 @@ def gradients(
 
     Returns:
         A gradient for each parameter, and scalars: total, cross_entropy, uld (the mean by share
-        over teachers), ce_positions, uld_positions; of several teachers uld_0, uld_1, …; where
-        there are signals uld_error, the most by which uld can differ from that of the whole
-        distributions.
+        over teachers), ce_positions, uld_positions, student_tokens and teacher_tokens (that are
+        read, without padding); of several teachers uld_0, uld_1, …; where there are signals
+        uld_error, the most by which uld can differ from that of the whole distributions, and
+        signal_bytes, of an aligned position as it lies on the devices, padding included.
     """
     ce_count = batch.ce_weight.sum()
     counts = [jnp.maximum(t.uld_weight.sum(), 1e-9) for t in batch.teachers]
@@ -137,8 +138,19 @@ def gradients(
         "uld": distances.sum(),
         "ce_positions": ce_count,
         "uld_positions": jnp.stack([(t.uld_weight > 0).sum() for t in batch.teachers]).sum(),
+        "student_tokens": _tokens(batch.student_inputs),
+        "teacher_tokens": sum(
+            (_tokens(t.inputs) for t in batch.teachers if isinstance(t, TeacherTokens)),
+            start=jnp.zeros((), jnp.int32),
+        ),
     }
     return grads, metrics | _of_teachers(batch, teachers, counts, distances)
+
+
+def _tokens(inputs: Mapping[str, jax.Array]) -> jax.Array:
+    """How many are not padding, in encoder and decoder."""
+    names = ("segment_ids", "encoder_segment_ids")
+    return jnp.stack([(inputs[name] > 0).sum() for name in names if name in inputs]).sum()
 
 
 def _of_teachers(
@@ -152,12 +164,21 @@ def _of_teachers(
     if len(teachers) > 1:
         for number, teacher in enumerate(teachers):
             metrics[f"uld_{number}"] = distances[number] / teacher.share
-    errors = [
-        teacher.share * (given.signal.error * given.uld_weight).sum() / count
+    signals = [
+        (teacher.share, given, count)
         for teacher, given, count in zip(teachers, batch.teachers, counts, strict=True)
         if isinstance(given, TeacherSignal)
     ]
-    return metrics | ({"uld_error": jnp.stack(errors).sum()} if errors else {})
+    if signals:
+        errors = [
+            share * (given.signal.error * given.uld_weight).sum() / count
+            for share, given, count in signals
+        ]
+        size = sum(x.nbytes for _, given, _ in signals for x in jax.tree.leaves(given.signal))
+        positions = jnp.stack([(given.uld_weight > 0).sum() for _, given, _ in signals]).sum()
+        metrics["uld_error"] = jnp.stack(errors).sum()
+        metrics["signal_bytes"] = size / jnp.maximum(positions, 1)
+    return metrics
 
 
 def apply_gradients(

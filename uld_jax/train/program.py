@@ -1,0 +1,112 @@
+"""A run's train step, jitted for its mesh, and all that it is given besides state and batch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from uld_jax.config import RunConfig
+from uld_jax.models import Decoder, split_trained
+from uld_jax.train.cost import StepFlops, step_flops
+from uld_jax.train.optimizer import make_optimizer
+from uld_jax.train.state import TrainState, init_state, state_shardings
+from uld_jax.train.step import Metrics, StepTeacher, train_step
+from uld_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What does not change from step to step.
+
+    Attributes:
+        step: `train_step` of a state, which is given up, `teacher_params`, a batch and `frozen`;
+            to be called where the mesh is set.
+        fresh: The state that a run begins with, from its parameters.
+        shardings: Of a state.
+        graph: The student's.
+        frozen: The student's parameters that are not trained.
+        teacher_params: Each teacher's, None for one that is not part of the step.
+        cost: A step's arithmetic, by the sizes of its batch.
+    """
+
+    step: Callable[..., tuple[TrainState, Metrics]]
+    fresh: Callable[[nnx.State], TrainState]
+    shardings: TrainState
+    graph: Any
+    frozen: tuple[nnx.State, ...]
+    teacher_params: list[nnx.State | None]
+    cost: Callable[[Batch], StepFlops]
+
+    def student(self, params: nnx.State) -> Decoder:
+        """The student with these parameters.
+
+        Args:
+            params: Those that are trained.
+
+        Returns:
+            The model.
+        """
+        return nnx.merge(self.graph, params, *self.frozen)
+
+
+def make_program(
+    student: Decoder,
+    teachers: Sequence[Decoder | None],
+    config: RunConfig,
+    *,
+    steps: int,
+    mesh: Mesh,
+) -> tuple[Program, nnx.State]:
+    """Puts a run's train step together; nothing is compiled yet.
+
+    Args:
+        student: What is trained.
+        teachers: Models that read within the step; None for one whose signals are in the batches.
+        config: The run.
+        steps: How many it has.
+        mesh: The student's device mesh.
+
+    Returns:
+        The program, and the parameters to begin with, which its first state takes over.
+
+    Example:
+        >>> from uld_jax.sharding import make_mesh
+        >>> from uld_jax.testing import tiny_config, tiny_gemma
+        >>> student, teacher = (Decoder(c, rngs=nnx.Rngs(0)) for c in (tiny_config(), tiny_gemma()))
+        >>> mesh = make_mesh(-1, 1, 1)
+        >>> program, params = make_program(student, [teacher], RunConfig(), steps=10, mesh=mesh)
+        >>> int(program.fresh(params).step)
+        0
+    """
+    graph, params, frozen = split_trained(student)
+    split = [(None, None) if teacher is None else nnx.split(teacher) for teacher in teachers]
+    fixed = [
+        StepTeacher(graph, share)
+        for (graph, _), share in zip(split, config.teacher_shares, strict=True)
+    ]
+    tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
+    fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
+    shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh)
+    program = Program(
+        step=jax.jit(
+            functools.partial(train_step, student=graph, teachers=fixed, tx=tx, loss=config.loss),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        ),
+        fresh=fresh,
+        shardings=shardings,
+        graph=graph,
+        frozen=frozen,
+        teacher_params=[params for _, params in split],
+        cost=functools.partial(
+            step_flops,
+            student=student.config,
+            teachers=[None if teacher is None else teacher.config for teacher in teachers],
+            adapters=bool(frozen),
+        ),
+    )
+    return program, params
