@@ -1,4 +1,4 @@
-"""The one exception that means "your input, not our code"."""
+"""Exceptions with a meaning for the command line: your input, not our code; and: run me again."""
 
 
 class UserError(Exception):
@@ -13,3 +13,19 @@ class UserError(Exception):
         ...
         uld_jax.errors.UserError: data.jsonl:3: field 'question' is missing
     """
+
+
+class Preempted(Exception):
+    """A run was asked to stop, and has saved what it needs to go on.
+
+    Args:
+        step: The last optimizer step that is saved.
+
+    Example:
+        >>> Preempted(12).step
+        12
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped on request after step {step}, which is saved")
+        self.step = step

@@ -13,6 +13,7 @@ from uld_jax.cli.compose import progress_bar, say
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example
 from uld_jax.data.shards import MANIFEST, SETTINGS
+from uld_jax.processes import wait_for_all
 from uld_jax.teacher import Answerer, Recipe, answer_provenance
 
 # Seconds between looks at what other processes have written.
@@ -21,15 +22,18 @@ POLL = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Which of several processes this one is; shards go round them.
+    """Which of several processes this one is.
 
     Attributes:
         index: Counted from 0; the first one claims the directory and finishes it.
         count: Processes.
+        apart: Shards go round them, each having a teacher of its own; else all answer every
+            shard together, with one teacher on all their devices, and the first one writes.
     """
 
     index: int = 0
     count: int = 1
+    apart: bool = True
 
 
 def answer_split(
@@ -77,14 +81,20 @@ def answer_split(
         samples=samples,
         shard_size=config.generate.shard_size,
     )
-    missing = writer.missing_shards()
-    mine = [shard for shard in missing if shard % part.count == part.index]
+    if not part.apart:
+        wait_for_all("answers")  # else one might see a shard that another has just written
+    mine = [
+        shard
+        for shard in writer.missing_shards()
+        if not part.apart or shard % part.count == part.index
+    ]
     total = samples * sum(len(writer.examples_of(shard)) for shard in mine)
     tokens, began = 0, time.monotonic()
     with progress_bar(title, total) as progress:
         for shard in mine:
             answers = answerer.answer(writer.examples_of(shard), progress)
-            writer.write_shard(shard, answers)
+            if part.apart or part.index == 0:
+                writer.write_shard(shard, answers)
             tokens += sum(answer.tokens for answer in answers)
     seconds = time.monotonic() - began
     if mine:

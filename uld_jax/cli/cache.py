@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from uld_jax import models
@@ -17,6 +16,7 @@ from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
 from uld_jax.data.signal_store import ANSWERS
 from uld_jax.errors import UserError
+from uld_jax.processes import is_first, wait_for_all
 from uld_jax.sharding import make_mesh
 from uld_jax.teacher import (
     CompletionsClient,
@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> None:
     work = Work()
     if not config.teacher.server:
         work = _fill(job, writer, texts)
-    elif jax.process_index() == 0:
+    elif is_first():
         _ask_server(job, writer, texts)
-    _together("signals")
-    if jax.process_index() == 0:
+    wait_for_all("signals")
+    if is_first():
         _report(writer.finish(), work, output)
 
 
@@ -123,7 +123,7 @@ def _answers(job: _Job) -> dict[str, str]:
     if job.config.data.answers == "gold":
         return {example.id: example.answers[0] for example in job.examples}
     path = job.output / ANSWERS
-    if not path.is_file() and jax.process_index() == 0:
+    if not path.is_file() and is_first():
         if job.output.exists() and not (job.output.is_dir() and _is_free(job.output)):
             raise UserError(
                 f"--output={job.output}: expected an empty directory or a teacher cache with "
@@ -141,7 +141,7 @@ def _answers(job: _Job) -> dict[str, str]:
                 progress=progress,
             )
         save_answers(job.output, answers, *job.about)
-    _together("answers")
+    wait_for_all("answers")
     return read_answers(job.output, *job.about)
 
 
@@ -171,12 +171,12 @@ def _writer(job: _Job, about: dict[str, Any]) -> SignalWriter:
             shard_size=teacher.cache_shard_size,
         )
 
-    if jax.process_index() == 0:
+    if is_first():
         # The first makes the directory; then the others find it theirs.
         writer = claim()
-        _together("directory")
+        wait_for_all("directory")
         return writer
-    _together("directory")
+    wait_for_all("directory")
     return claim()
 
 
@@ -240,12 +240,6 @@ def _ask_server(job: _Job, writer: SignalWriter, texts: Sequence[Encoded | str])
     say(f"{client.address}: {checked}")
     for id_, reason in failed.items():
         say(f"no signal for {id_}: {reason}")
-
-
-def _together(stage: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"uld-jax cache: {stage}")
 
 
 def _report(manifest: dict[str, Any], work: Work, output: Path) -> None:

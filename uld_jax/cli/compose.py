@@ -31,6 +31,7 @@ from uld_jax.data import Example, Side, chat_template, load_examples
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
+from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import make_mesh, split_devices
 from uld_jax.train import restore_params
 
@@ -109,6 +110,9 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
         UserError: It cannot be made or written.
     """
     workdir = Path(path)
+    if not is_first():
+        wait_for_all("workdir")
+        return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         for scratch in workdir.glob(".*.json*.[0-9]*"):
@@ -121,6 +125,7 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
         raise UserError(
             f"--workdir={path}: cannot write there ({error.strerror}); choose another directory"
         ) from error
+    wait_for_all("workdir")
     return workdir
 
 
@@ -326,14 +331,17 @@ def reuse_or_make(path: Path, make: Callable[[], Any]) -> Any:
     """A stage's result: read where an earlier start of this run wrote it, else made and written.
 
     Args:
-        path: A JSON file in the workdir.
-        make: Computes the result.
+        path: A JSON file in the workdir, which all processes share.
+        make: Computes the result; all processes take part, the first one writes.
 
     Returns:
         The result.
     """
-    if not path.is_file():
-        write_json(path, make())
+    if not agreed(path.is_file()):
+        made = make()
+        if is_first():
+            write_json(path, made)
+        wait_for_all(path.name)
     return json.loads(path.read_text())
 
 

@@ -12,9 +12,11 @@ from absl import flags
 from absl.flags import argparse_flags
 
 import uld_jax
-from uld_jax.cli import bench
-from uld_jax.errors import UserError
+from uld_jax.cli import bench, distributed
+from uld_jax.errors import Preempted, UserError
 
+# EX_TEMPFAIL of sysexits.h: the same command will go on.
+AGAIN = 75
 COMMANDS = {
     "train": "distil a teacher into a student, or resume a run",
     "generate": "let the teacher answer a data set's questions, or resume that",
@@ -94,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name in ("generate", "cache", "export"):
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")
+        distributed.add_flags(command)
         if name == "evaluate":
             command.add_argument("--output", metavar="FILE.json", help="scores and answers")
     bench.add_parser(commands)
@@ -108,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         argv: Arguments after the program's name.
 
     Returns:
-        The exit status: 0, or 2 after a one-line error.
+        The exit status: 0; 2 after a one-line error; 75 where the same command is to be run again.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
@@ -120,10 +123,26 @@ def main(argv: Sequence[str]) -> int:
         args = build_parser().parse_args(rest)
         args.overrides, args.argv = overrides, list(argv)
         # Imported late: `--help` should not wait for JAX.
+        if args.command in COMMANDS:
+            distributed.connect(args)
         importlib.import_module(f"uld_jax.cli.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted as stop:
+        print(f"{stop}: run the same command again to go on", file=sys.stderr)
+        return AGAIN
+    except (RuntimeError, ValueError) as error:
+        from uld_jax.processes import is_lost_process
+
+        if not is_lost_process(error):
+            raise
+        print(
+            f"error: another process is gone ({str(error).splitlines()[0]}): start all of them "
+            "again, the run goes on from its newest checkpoint",
+            file=sys.stderr,
+        )
+        return AGAIN
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)

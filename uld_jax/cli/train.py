@@ -11,7 +11,7 @@ import jax
 
 from uld_jax import models
 from uld_jax.cli import compose
-from uld_jax.cli.answers import answer_split
+from uld_jax.cli.answers import Part, answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
 from uld_jax.cli.teachers import (
     Teacher,
@@ -29,9 +29,11 @@ from uld_jax.data import (
     encode_prompts,
     load_examples,
     make_loader,
+    verify_answers,
 )
 from uld_jax.errors import UserError
 from uld_jax.evaluation import comparison_table, plot_losses, sample_table
+from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import batch_shards
 from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
 from uld_jax.train.loop import step_count
@@ -140,7 +142,7 @@ def _answers(job: Job) -> dict[str, str]:
     """The teacher's answers, from shards that are kept until they are one file."""
     shards = job.workdir / "teacher_answers"
     answers = reuse_or_make(job.workdir / "teacher_answers.json", lambda: _ask(job, shards))
-    if shards.is_dir():
+    if is_first() and shards.is_dir():
         shutil.rmtree(shards)
     return answers
 
@@ -158,8 +160,12 @@ def _ask(job: Job, shards: Path) -> dict[str, str]:
         split="train",
         samples=1,
         title="the teacher answers the training questions",
+        part=Part(jax.process_index(), jax.process_count(), apart=False),
     )
-    manifest = writer.finish()
+    if is_first():
+        writer.finish()
+    wait_for_all("all answers")
+    manifest = verify_answers(shards)
     found = {id_: "" for s in manifest["shards"] for id_ in s["dropped"].get("empty_answer", ())}
     if manifest["answers"]:
         found |= {e.id: e.answers[0] for e in load_examples(f"generated:{shards}", "train")}
@@ -278,9 +284,11 @@ def _distil(job: Job, loader: Loader) -> models.Decoder:
 def _save(job: Job, before: dict[str, Any], after: dict[str, Any], *, steps: int) -> None:
     """The Hugging Face directory, the plot, the scores, and the tables on the screen."""
     workdir, export = job.workdir, job.workdir / "student"
-    if not export.is_dir():
+    if not agreed(export.is_dir()):
         with console.status("writing the student in the Hugging Face format"):
             models.save_pretrained(job.student, export)
+    if not is_first():
+        return
     rows = read_metrics(workdir)
     with MetricsWriter(workdir, step=steps) as writer:
         writer.write_scores(before["scores"], step=0)

@@ -5,12 +5,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from uld_jax.models.pool import Plan, Pool, Request, advance, fill, refill
 from uld_jax.models.stop_strings import StopStrings
+from uld_jax.processes import fetch
 
 # Steps between looks at the text where there are stop strings.
 LOOK_EVERY = 16
@@ -153,7 +153,7 @@ class Batcher:
     def _collect(self) -> dict[int, Continuation]:
         """Takes finished answers out of their rows."""
         pool: Pool = self._pool
-        done_B, count_B, out_BN, log_probs_BN = jax.device_get(
+        done_B, count_B, out_BN, log_probs_BN = fetch(
             (pool.done_B, pool.count_B, pool.out_BN, pool.log_probs_BN)
         )
         found = {}

@@ -38,6 +38,7 @@ from uld_jax.models.safetensors_source import (
     read_model_config,
     refuse_pickles,
 )
+from uld_jax.processes import fetch, is_first, wait_for_all
 from uld_jax.sharding import make_mesh
 
 WEIGHTS = "*.safetensors"
@@ -302,6 +303,8 @@ def model_class(config: Any) -> Any:
 def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
     """Writes a directory that transformers opens: model.safetensors, config.json, tokenizer.
 
+    Of several processes the first one writes; all take part, and go on when it is there.
+
     Args:
         m: The model, its tokenizer and its config.
         directory: Made, with its parents; it appears only when it is complete.
@@ -310,6 +313,17 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
         UserError: The directory exists and is not empty, or the disk does not take the files.
     """
     target = Path(directory)
+    state = nnx.state(merged(m.model), nnx.Param)
+    tensors = to_hf_tensors(m.config, state)
+    if is_first():
+        dtype = str(jax.tree.leaves(state)[0].dtype)
+        _write_pretrained(m, tensors, dtype, target)
+    wait_for_all(f"export of {target.name}")
+
+
+def _write_pretrained(
+    m: LoadedModel, tensors: dict[str, np.ndarray], dtype: str, target: Path
+) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty directory; choose another")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -317,12 +331,10 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
     try:
         family = by_model_type(m.config.family, "export")
         hf_config = family.config_to_hf(m.config)
-        state = nnx.state(merged(m.model), nnx.Param)
         hf_config.architectures = [family.architecture]
-        hf_config.dtype = str(jax.tree.leaves(state)[0].dtype)
+        hf_config.dtype = dtype
         hf_config.save_pretrained(scratch)
         m.tokenizer.save_pretrained(scratch)
-        tensors = to_hf_tensors(m.config, state)
         safetensors.numpy.save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
         scratch.chmod(0o755)
         scratch.replace(target)
@@ -352,7 +364,7 @@ def to_hf_tensors(config: DecoderConfig, state: nnx.State) -> dict[str, np.ndarr
     tensors: dict[str, np.ndarray] = {}
     fused: dict[str, list[tuple[Part, np.ndarray]]] = {}
     for weight in by_model_type(config.family, "export").weights(config):
-        values = np.asarray(jax.device_get(flat[weight.path][...]))
+        values = np.asarray(fetch(flat[weight.path][...]))
         layers = values if weight.stacked else values[None]
         for name, value in zip(hf_names(weight, len(layers)), layers, strict=True):
             tensor = value.T if weight.transpose else value

@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from uld_jax.errors import UserError
 from uld_jax.files import sha256_of, write_text
+from uld_jax.processes import agreed, is_first, is_lost_process
 from uld_jax.train.state import TrainState, param_shardings
 
 # In each checkpoint, written when all the rest is on the disk; `sha256sum -c` reads it.
@@ -191,7 +190,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Runs in orbax's thread when all is written, before the folder gets its final name."""
-        if jax.process_index() == 0:
+        if is_first():
             (path,) = self.directory.glob(f"{self._saving}.*")
             write_text(path / DIGESTS, _digests(path))
 
@@ -200,6 +199,8 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError) as error:
+            if is_lost_process(error):
+                raise
             raise UserError(
                 f"{self.directory}: a checkpoint could not be written ({_reason(error)}); "
                 "make room there, then run the same command again: it goes on from the last one"
@@ -249,9 +250,9 @@ def _digests(path: Path) -> str:
 def _is_whole(path: Path) -> bool:
     """Whether every file is as it was written; all processes get the first one's answer."""
     whole = False
-    if jax.process_index() == 0 and (path / DIGESTS).is_file():
+    if is_first() and (path / DIGESTS).is_file():
         whole = (path / DIGESTS).read_bytes() == _digests(path).encode()
-    return bool(multihost_utils.broadcast_one_to_all(np.array(whole)))
+    return agreed(whole)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,8 +1,9 @@
 """The training loop: batches onto the mesh, steps, metrics, checkpoints, resume."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uld_jax.config import RunConfig
 from uld_jax.data import Loader
-from uld_jax.errors import UserError
+from uld_jax.errors import Preempted, UserError
 from uld_jax.models import Decoder
+from uld_jax.processes import is_first
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.teacher import StreamedTeacher
 from uld_jax.train.checkpoint import Checkpoints
@@ -23,6 +25,7 @@ from uld_jax.train.feed import FedBatch, Feed
 from uld_jax.train.metrics import MetricsWriter
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_schedule
+from uld_jax.train.preemption import stop_requests
 from uld_jax.train.program import Program, make_program
 from uld_jax.train.state import TrainState
 from uld_jax.train.step import Metrics
@@ -58,6 +61,7 @@ def fit(
         The trained student.
 
     Raises:
+        Preempted: SIGTERM or the notice of a pre-emption came; the step under way is saved.
         UserError: More than `train.max_nonfinite_steps` steps in a row were not finite, or a
             checkpoint could not be written or is of another model.
         ValueError: On-policy rows beside a teacher that streams.
@@ -74,7 +78,7 @@ def fit(
         run = _Run(program, make_schedule(config.optimizer, steps), mesh, config)
         clock, first = run.clock, int(state.step)
         feed = Feed(iterator, streams, steps - first)
-        with MetricsWriter(workdir, step=first) as writer:
+        with _writer(workdir, first) as writer, stop_requests() as stop_requested:
             for step in range(first + 1, steps + 1):
                 with clock.spent_on("input"):
                     batch, host = feed.take(), {}
@@ -93,17 +97,32 @@ def fit(
                         feed.fill()
                     with clock.spent_on("teacher"):
                         jax.block_until_ready(batch.signals)
-                saving = step % config.train.checkpoint_every == 0 or step == steps
+                stopping = stop_requested(step) and step < steps
+                saving = stopping or step % config.train.checkpoint_every == 0 or step == steps
                 if saving or step % config.train.log_every == 0:
                     for row in run.flush():
-                        writer.write(row)
+                        if writer is not None:
+                            writer.write(row)
                         if progress is not None:
                             progress(row["step"], steps, row)
                 if saving:
-                    writer.flush()
+                    if writer is not None:
+                        writer.flush()
                     with clock.spent_on("host"):
                         checkpoints.save(state, batch.iterator_state)
+                if stopping:
+                    raise Preempted(step)
     return program.student(state.params)
+
+
+@contextlib.contextmanager
+def _writer(workdir: Path, step: int) -> Iterator[MetricsWriter | None]:
+    """Of the metrics, in the process that writes them."""
+    if is_first():
+        with MetricsWriter(workdir, step=step) as writer:
+            yield writer
+    else:
+        yield None
 
 
 def _start(
