@@ -490,3 +490,10 @@ def test_a_config_dict_of_ml_collections_is_taken_as_well(tmp_path):
     )
     with pytest.raises(UserError, match=r"data\.bach_size.*did you mean 'data\.batch_size'"):
         load(str(file))
+
+
+def test_on_policy_rows_need_a_process_that_knows_the_whole_batch():
+    config = dataclasses.replace(SOUND, train=TrainConfig(on_policy_fraction=0.5))
+    assert validate(config, device_count=8, process_count=1) == []
+    (error,) = validate(config, device_count=8, process_count=2)
+    assert error.startswith("train.on_policy_fraction: expected 0 with several processes")

@@ -9,6 +9,7 @@ from rich.table import Table
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, say
 from uld_jax.files import write_json
+from uld_jax.processes import is_first
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,6 +30,6 @@ def run(args: argparse.Namespace) -> None:
     for name, value in result.scores.items():
         table.add_row(name, f"{value:.2f}")
     console.print(table)
-    if args.output:
+    if args.output and is_first():
         write_json(Path(args.output), dataclasses.asdict(result))
         say(f"scores and answers: {args.output}")

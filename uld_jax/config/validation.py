@@ -67,6 +67,12 @@ got ''; set --config.student.source=..."
         if device_count is not None:
             taken = process_count * sum(streaming.streaming_devices(config).values())
             device_count = device_count - taken if taken < device_count else None
+    if process_count > 1 and config.train.on_policy_fraction:
+        errors.append(
+            "train.on_policy_fraction: expected 0 with several processes, each of which knows only "
+            f"its own rows of a batch, got {config.train.on_policy_fraction}; set "
+            "--config.train.on_policy_fraction=0, or start one process"
+        )
     if sound("mesh."):
         mesh_errors = _mesh_errors(config.mesh, device_count)
         errors += mesh_errors
