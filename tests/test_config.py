@@ -203,6 +203,8 @@ UNSOUND = {
     "train.checkpoint_every": 0,
     "train.keep_checkpoints": 0,
     "train.log_every": 0,
+    "train.profile_from": -1,
+    "train.profile_steps": 0,
     "train.max_nonfinite_steps": 0,
     "train.on_policy_fraction": 1.5,
     "train.on_policy_temperature": 0.0,

@@ -31,6 +31,7 @@ def test_train_leaves_everything(trained):
         "before.json",
         "checkpoints",
         "config.json",
+        "heartbeat.json",
         "loss.png",
         "metrics.jsonl",
         "student",

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
 from uld_jax.train.loop import step_count
 
 PROMPTS_AT_A_TIME = 64
+# Seconds after which a log is due a line, however long the steps are.
+SILENCE = 60
 
 
 @dataclasses.dataclass
@@ -257,16 +260,18 @@ def _distil(job: Job, loader: Loader) -> models.Decoder:
     )
     say(f"distilling: {steps} steps; padded sizes: {shapes}")
     with progress_bar("distilling", steps) as progress:
-        shown = 0
+        shown, said = 0, time.monotonic()
 
         def show(step: int, steps: int, row: Mapping[str, float]) -> None:
-            nonlocal shown
+            nonlocal shown, said
             progress(step - shown)
-            shown = step
-            if step == steps or step % max(1, steps // 10) == 0:
+            shown, now = step, time.monotonic()
+            if step == steps or step % max(1, steps // 10) == 0 or now - said >= SILENCE:
+                said = now
                 say(
                     f"step {step}/{steps}: loss {row['total']:.3f} = CE {row['cross_entropy']:.3f}"
-                    f" + {job.config.loss.uld_weight:g} · ULD {row['uld']:.3f}"
+                    f" + {job.config.loss.uld_weight:g} · ULD {row['uld']:.3f}; "
+                    f"{row['seconds']:.2f} s, {row['tokens_per_second']:,.0f} tokens/s"
                 )
 
         return fit(

@@ -221,6 +221,8 @@ class TrainConfig:
         checkpoint_every: optimizer steps between two checkpoints.
         keep_checkpoints: the newest so many are kept.
         log_every: optimizer steps between two lines of metrics.
+        profile_from: the first optimizer step that jax.profiler records; 0 = none.
+        profile_steps: how many it records.
         max_nonfinite_steps: skipped steps in a row, their loss or gradient not finite, that end it.
         seed: of everything random but the data.
         on_policy_fraction: share of each batch's rows whose answer the student samples anew,
@@ -235,6 +237,8 @@ class TrainConfig:
     checkpoint_every: int = rules.at_least(1, 50)
     keep_checkpoints: int = rules.at_least(1, 2)
     log_every: int = rules.at_least(1, 1)
+    profile_from: int = rules.at_least(0, 0)
+    profile_steps: int = rules.at_least(1, 3)
     max_nonfinite_steps: int = rules.at_least(1, 5)
     seed: int = rules.at_least(0, 0)
     on_policy_fraction: float = rules.field(

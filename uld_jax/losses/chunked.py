@@ -134,12 +134,11 @@ def _scan(
     head_VD = head.astype(chunks.compute_dtype)
     axis = hidden.ndim - 2
 
-    def step(carry: tuple, chunk: tuple[jax.Array, Any]) -> tuple[tuple, jax.Array | None]:
-        parts, head_grad = carry
+    def compute(chunk: tuple[jax.Array, Any]) -> tuple[tuple, jax.Array | None]:
         hidden_CD, here = chunk[0].astype(head_VD.dtype), chunk[1]
         logits_CV = product(hidden_CD, head_VD.T)
         if not differentiate:
-            return (parts + chunks.objective(logits_CV, here, constants), None), None
+            return (chunks.objective(logits_CV, here, constants), None), None
 
         def total(logits_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
             own = chunks.objective(logits_CV, here, constants)
@@ -147,15 +146,23 @@ def _scan(
 
         grad_CV, own = jax.grad(total, has_aux=True)(logits_CV)
         grad_CV = grad_CV.astype(head_VD.dtype)
-        over = tuple(range(grad_CV.ndim - 1))
-        head_grad += product(grad_CV, hidden_CD, (over, over))
-        return (parts + own, head_grad), product(grad_CV, head_VD).astype(hidden.dtype)
+        # Of rows alone: with several axes to sum over XLA's CPU compiler transposes the factors.
+        grad_RV, hidden_RD = (x.reshape(-1, x.shape[-1]) for x in (grad_CV, hidden_CD))
+        head_grad = product(grad_RV, hidden_RD, ((0,), (0,)))
+        return (own, head_grad), product(grad_CV, head_VD).astype(hidden.dtype)
+
+    def step(total: tuple, chunk: tuple[jax.Array, Any]) -> tuple[tuple, jax.Array | None]:
+        own, hidden_grad = compute(chunk)
+        return jax.tree.map(jnp.add, total, own), hidden_grad
 
     xs = _chunk((hidden, positions), axis, chunks.size)
     first = jax.tree.map(lambda x: x[0], xs)
-    shapes = jax.eval_shape(lambda: step((0.0, 0.0 if differentiate else None), first)[0])
-    start = jax.tree.map(zeros_like, shapes)
-    (parts, head_grad), hidden_grads = lax.scan(step, start, xs)
+    if len(xs[0]) == 1:
+        (parts, head_grad), hidden_grad = compute(first)
+        hidden_grads = None if hidden_grad is None else hidden_grad[None]
+    else:
+        start = jax.tree.map(zeros_like, jax.eval_shape(lambda: compute(first)[0]))
+        (parts, head_grad), hidden_grads = lax.scan(step, start, xs)
     return parts, (hidden_grads, head_grad)
 
 

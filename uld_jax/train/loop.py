@@ -1,9 +1,8 @@
 """The training loop: batches onto the mesh, steps, metrics, checkpoints, resume."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,18 @@ from uld_jax.config import RunConfig
 from uld_jax.data import Loader
 from uld_jax.errors import Preempted, UserError
 from uld_jax.models import Decoder
-from uld_jax.processes import is_first
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.teacher import StreamedTeacher
 from uld_jax.train.checkpoint import Checkpoints
 from uld_jax.train.clock import Clock
 from uld_jax.train.feed import FedBatch, Feed
-from uld_jax.train.metrics import MetricsWriter
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_schedule
 from uld_jax.train.preemption import stop_requests
 from uld_jax.train.program import Program, make_program
 from uld_jax.train.state import TrainState
 from uld_jax.train.step import Metrics
+from uld_jax.train.watch import Reporter, Tracer
 from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
 
 
@@ -77,9 +75,13 @@ def fit(
         state = _start(checkpoints, iterator, program, params)
         run = _Run(program, make_schedule(config.optimizer, steps), mesh, config)
         clock, first = run.clock, int(state.step)
+        traced = config.train.profile_from, config.train.profile_steps
+        tracer = Tracer(workdir / "profile", first=traced[0], steps=traced[1])
         feed = Feed(iterator, streams, steps - first)
-        with _writer(workdir, first) as writer, stop_requests() as stop_requested:
+        reporter = Reporter(workdir, first=first, steps=steps, progress=progress)
+        with reporter, stop_requests() as stop_requested:
             for step in range(first + 1, steps + 1):
+                tracer.before(step)
                 with clock.spent_on("input"):
                     batch, host = feed.take(), {}
                 if on_policy is not None:
@@ -98,31 +100,17 @@ def fit(
                     with clock.spent_on("teacher"):
                         jax.block_until_ready(batch.signals)
                 stopping = stop_requested(step) and step < steps
+                tracer.after(step, state, last=stopping or step == steps)
                 saving = stopping or step % config.train.checkpoint_every == 0 or step == steps
                 if saving or step % config.train.log_every == 0:
-                    for row in run.flush():
-                        if writer is not None:
-                            writer.write(row)
-                        if progress is not None:
-                            progress(row["step"], steps, row)
+                    reporter.report(run.flush())
                 if saving:
-                    if writer is not None:
-                        writer.flush()
+                    reporter.flush()
                     with clock.spent_on("host"):
                         checkpoints.save(state, batch.iterator_state)
                 if stopping:
                     raise Preempted(step)
     return program.student(state.params)
-
-
-@contextlib.contextmanager
-def _writer(workdir: Path, step: int) -> Iterator[MetricsWriter | None]:
-    """Of the metrics, in the process that writes them."""
-    if is_first():
-        with MetricsWriter(workdir, step=step) as writer:
-            yield writer
-    else:
-        yield None
 
 
 def _start(
