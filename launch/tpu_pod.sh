@@ -22,6 +22,7 @@
 #   --max-restarts=N        how often `run` starts again what was saved because of a signal: 100
 #   --recreate              `run` also replaces slices that were pre-empted, by the flags of create
 #                           and setup; needs a workdir in gs://, as their disks are gone
+#   --poll=SECONDS          between two looks at a queued resource: 30
 #   --dry-run               print the commands, run none
 #
 # The command goes on when this script or its connection ends: the same `run` follows it again. More
@@ -31,7 +32,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 
 action="" name="" zone="" project="" accelerator="" version="" workdir="" destination="" secrets=""
-slices=1 kind=queued-resources spot=0 recreate=0 most=100 poll="${ULD_JAX_POLL_SECONDS:-30}"
+slices=1 kind=queued-resources spot=0 recreate=0 most=100 poll=30
 create_flags=() ship=() connection=() command=()
 
 read_arguments() {
@@ -54,6 +55,7 @@ read_arguments() {
       --to=*) destination="${1#*=}" ;;
       --max-restarts=*) count --max-restarts "${1#*=}" && most="${1#*=}" ;;
       --recreate) recreate=1 ;;
+      --poll=*) count --poll "${1#*=}" && poll="${1#*=}" ;;
       --dry-run) dry_run=1 ;;
       -*) fail "unknown flag $1 (flags are written --name=value); --help lists them" ;;
       *)

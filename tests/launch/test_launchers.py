@@ -207,7 +207,7 @@ def test_a_pod_from_renting_to_giving_back(machine):
         return done.stdout
 
     (machine.root / "states").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
-    pod("create", "--accelerator-type=v5litepod-16")
+    pod("create", "--accelerator-type=v5litepod-16", "--poll=0")
     assert [call[3] for call in machine.calls("gcloud")] == ["create", *["describe"] * 3]
 
     pod("setup", f"--secrets={secrets_file(machine)}")
@@ -234,6 +234,15 @@ def test_a_pod_from_renting_to_giving_back(machine):
     assert machine.calls("gcloud")[-1][2:5] == ["queued-resources", "delete", "pod"]
 
 
+def test_a_request_that_failed_is_not_waited_for(machine):
+    (machine.root / "states").write_text("WAITING_FOR_RESOURCES\nFAILED\n")
+    done = machine.launch(
+        "tpu_pod.sh", "create", "pod", *ZONE, "--accelerator-type=v4-8", "--poll=0"
+    )
+    assert done.returncode == 1
+    assert "error: pod is FAILED" in done.stderr
+
+
 def set_up(machine, *nodes):
     """Workers as `tpu_pod.sh setup` leaves them."""
     for node in nodes:
@@ -252,7 +261,9 @@ def test_only_what_saved_is_started_again(machine, statuses, flags, status, runs
     assert len(machine.calls("uld-jax")) == runs
 
 
-@pytest.mark.parametrize(("statuses", "status"), [((75, 1), 1), ((0, 75), 0), ((3, 75), 3)])
+@pytest.mark.parametrize(
+    ("statuses", "status"), [((75, 1), 1), ((0, 75), 0), ((75, 0), 0), ((3, 75), 3)]
+)
 def test_slices_run_at_once_and_the_worst_status_counts(machine, statuses, status):
     nodes = ["pod-0", "pod-1"]
     set_up(machine, *nodes)
@@ -293,6 +304,19 @@ def test_a_broken_connection_is_followed_again(machine):
     assert machine.calls("uld-jax") == [TRAIN]
 
 
+def test_a_worker_that_shuts_down_signals_everything(machine):
+    set_up(machine, "pod")
+    machine.statuses("wait", 0)
+    launcher = machine.start(*RUN, *TRAIN)
+    wait_for(machine.worker() / "waits")
+    state = machine.worker() / "uld_jax" / ".worker"
+    for name in ("supervisor", "pid"):
+        os.kill(int((state / name).read_text()), signal.SIGTERM)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 0
+    assert machine.calls("uld-jax") == [TRAIN] * 2
+
+
 def test_stop_saves_and_is_not_started_again(machine):
     set_up(machine, "pod")
     machine.statuses("wait")
@@ -310,7 +334,7 @@ def test_a_slice_that_was_taken_away_is_replaced(machine):
     set_up(machine, "pod")
     machine.statuses(255)
     (machine.root / "states").write_text("SUSPENDED\nWAITING_FOR_RESOURCES\nACTIVE\n")
-    flags = ["--recreate", "--accelerator-type=v5litepod-16", "--spot"]
+    flags = ["--recreate", "--accelerator-type=v5litepod-16", "--spot", "--poll=0"]
     done = machine.launch("tpu_pod.sh", "run", "pod", *ZONE, *flags, "--", *TRAIN)
     assert done.returncode == 0, done.stderr
     verbs = [call[3] for call in machine.calls("gcloud")]
