@@ -122,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
             absl.logging.set_verbosity(absl.logging.FATAL)
         args = build_parser().parse_args(rest)
         args.overrides, args.argv = overrides, list(argv)
+        _refuse_addresses(args)
         # Imported late: `--help` should not wait for JAX.
         if args.command in COMMANDS:
             distributed.connect(args)
@@ -148,6 +149,16 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_addresses(args: argparse.Namespace) -> None:
+    for name in ("workdir", "output"):
+        path = getattr(args, name, None) or ""
+        if "://" in path:
+            raise UserError(
+                f"--{name}={path}: expected a directory or file of this machine; mount the bucket "
+                "(gcsfuse, s3fs) and give the path there"
+            )
 
 
 def run() -> None:
