@@ -85,7 +85,8 @@ def test_bytes_of_shapes():
     assert shape_bytes("token[]") == 0
 
 
-# As a v5e program has them: a chain of fused steps of one gather, and groups named by mesh axes.
+# As a v5e program has them: a chain of fused steps of one gather, groups named by mesh axes, and
+# a loop that does two steps at a time (1, 3, ... 11: six runs).
 CHAIN = """
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -118,8 +119,8 @@ replica_groups={{0,2},{1,3}}, use_global_device_ids=true, to_apply=%add.1
 %body.1 (carry.1: (s32[], bf16[2,32,64])) -> (s32[], bf16[2,32,64]) {
   %carry.1 = (s32[]{:T(128)}, bf16[2,32,64]{2,1,0}) parameter(0)
   %count.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
-  %one = s32[]{:T(128)} constant(1)
-  %next.1 = s32[]{:T(128)} add(%count.1, %one)
+  %two = s32[]{:T(128)} constant(2)
+  %next.1 = s32[]{:T(128)} add(%count.1, %two)
   %shard = bf16[2,32,64]{2,1,0} get-tuple-element(%carry.1), index=1
   %fusion.1 = bf16[2,32,128]{2,1,0} fusion(%shard), kind=kCustom, calls=%fused_computation.1
   %fusion.2 = bf16[2,32,128]{2,1,0} fusion(%shard), kind=kOutput, calls=%async_collective_fusion.2
@@ -130,7 +131,7 @@ replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}, to_apply=%add.1
 
 %condition.1 (carry.2: (s32[], bf16[2,32,64])) -> pred[] {
   %carry.2 = (s32[]{:T(128)}, bf16[2,32,64]{2,1,0}) parameter(0)
-  %limit = s32[]{:T(128)} constant(6)
+  %limit = s32[]{:T(128)} constant(12)
   %count.2 = s32[]{:T(128)} get-tuple-element(%carry.2), index=0
   ROOT %lt.1 = pred[]{:T(512)} compare(%count.2, %limit), direction=LT
 }
@@ -138,8 +139,9 @@ replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}, to_apply=%add.1
 ENTRY %main.1 (param.1: bf16[2,32,64], param.2: bf16[8,8]) -> bf16[4,8] {
   %param.1 = bf16[2,32,64]{2,1,0} parameter(0)
   %param.2 = bf16[8,8]{1,0} parameter(1)
-  %start = s32[]{:T(128)} constant(0)
-  %tuple.2 = (s32[]{:T(128)}, bf16[2,32,64]{2,1,0}) tuple(%start, %param.1)
+  %start = s32[]{:T(128)} constant(1)
+  %copy.1 = s32[]{:T(128)} copy(%start)
+  %tuple.2 = (s32[]{:T(128)}, bf16[2,32,64]{2,1,0}) tuple(%copy.1, %param.1)
   %while.1 = (s32[]{:T(128)}, bf16[2,32,64]{2,1,0}) while(%tuple.2), condition=%condition.1, \
 body=%body.1
   ROOT %fusion.4 = bf16[4,8]{1,0} fusion(%param.2), kind=kCustom, calls=%all-reduce-scatter.4

@@ -109,8 +109,8 @@ class Program:
     def endless(self) -> int:
         """Loops whose number of runs the text does not tell; their bodies count once."""
         return sum(
-            self._trips(instruction) is None
-            for _, instruction in self._instructions()
+            self._trips(name, instruction) is None
+            for name, instruction in self._instructions()
             if instruction.opcode == "while"
         )
 
@@ -121,7 +121,7 @@ class Program:
         # Callers stand after what they call.
         for name in reversed(self._computations):
             for instruction in self._computations[name].values():
-                trips = self._trips(instruction) if instruction.opcode == "while" else 1
+                trips = self._trips(name, instruction) if instruction.opcode == "while" else 1
                 for _, called in _calls(instruction):
                     runs[called] += runs[name] * (trips or 1)
         return runs
@@ -186,20 +186,28 @@ class Program:
                     waiting += [called for _, called in _calls(instruction)]
         return found
 
-    def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs: as the compiler notes, or as its condition compares."""
+    def _trips(self, name: str, loop: Instruction) -> int | None:
+        """How often a loop of this computation runs: as noted, or as its counter tells."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self._computations[dict(_calls(loop))["condition"]]
-        roots = [instruction for instruction in condition.values() if instruction.root]
-        limits = [
-            _first(r"^\((\d+)\)", instruction.attributes, "")
-            for instruction in condition.values()
-            if instruction.opcode == "constant" and instruction.shape.startswith("s32[]")
-        ]
-        compares = roots and (roots[0].opcode == "compare" and "LT" in roots[0].attributes)
-        return int(limits[0]) if compares and len(limits) == 1 and limits[0] else None
+        calls = dict(_calls(loop))
+        condition, body = (self._computations[calls[part]] for part in ("condition", "body"))
+        test, carry = _root(condition), self._computations[name].get(loop.operands[0])
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        counter = _first(r"index=(\d+)", condition[test.operands[0]].attributes, "")
+        if not counter or carry is None or {carry.opcode, _root(body).opcode} != {"tuple"}:
+            return None
+        following = body.get(_root(body).operands[int(counter)])
+        if following is None or following.opcode != "add":
+            return None
+        limit = _constant(condition, test.operands[1])
+        start = _constant(self._computations[name], carry.operands[int(counter)])
+        step = _constant(body, following.operands[1])
+        if limit is None or start is None or not step:
+            return None
+        return -(-(limit - start) // step)
 
     def _operand_bytes(self, computation: Computation, instruction: Instruction) -> float:
         return sum(
@@ -304,6 +312,19 @@ def _group_size(attributes: str, devices: int) -> int:
     return devices
 
 
+def _root(computation: Computation) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.root)
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The value of an integer that may be copied before it is used."""
+    found = computation.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast"):
+        found = computation.get(found.operands[0])
+    value = _first(r"^\((\d+)\)", found.attributes, "") if found is not None else ""
+    return int(value) if value and found is not None and found.opcode == "constant" else None
+
+
 def _read_in_fusion(fused: Computation) -> list[float]:
     """The most that a fusion reads of each operand: of one that it slices, the slices."""
     read = {}
@@ -323,7 +344,7 @@ def _read_in_fusion(fused: Computation) -> list[float]:
 
 def _written_in_fusion(fused: Computation) -> float:
     """The most that it writes: of an array that it updates, the update."""
-    root = next(instruction for instruction in fused.values() if instruction.root)
+    root = _root(fused)
     if root.opcode == "dynamic-update-slice":
         return shape_bytes(fused[root.operands[1]].shape)
     return math.inf
