@@ -146,6 +146,20 @@ def batch_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
+def platform() -> str:
+    """What a program is traced for: the mesh's devices where one is set, else this machine's.
+
+    Returns:
+        "cpu", "gpu" or "tpu".
+
+    Example:
+        >>> platform() == jax.default_backend()
+        True
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Maps logical axis names to mesh axes.
 

@@ -33,7 +33,7 @@ from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
 from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import make_mesh, split_devices
-from uld_jax.train import restore_params
+from uld_jax.train import adapt, restore_params
 
 console = Console()
 
@@ -51,12 +51,18 @@ def say(message: str) -> None:
     console.print(message, soft_wrap=True, markup=False)
 
 
-def run_config(args: argparse.Namespace, *, device_count: int | None = None) -> RunConfig:
+def run_config(
+    args: argparse.Namespace,
+    *,
+    device_count: int | None = None,
+    process_count: int | None = None,
+) -> RunConfig:
     """The resolved config of a run: from --config and its overrides, or from the workdir.
 
     Args:
         args: Parsed flags with config, overrides and workdir.
         device_count: Devices that the mesh must cover; all of them by default.
+        process_count: Processes that have them; all of them by default.
 
     Returns:
         The config.
@@ -75,8 +81,9 @@ def run_config(args: argparse.Namespace, *, device_count: int | None = None) -> 
     assert base is not None
     config, errors = configs.apply_overrides(base, args.overrides)
     device_count = jax.device_count() if device_count is None else device_count
+    process_count = jax.process_count() if process_count is None else process_count
     config = configs.resolve(
-        config, device_count=device_count, process_count=jax.process_count(), errors=errors
+        config, device_count=device_count, process_count=process_count, errors=errors
     )
     different = configs.differences(saved, config) if saved is not None else []
     if different:
@@ -129,11 +136,12 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
     return workdir
 
 
-def meshes(config: RunConfig) -> dict[str, Mesh]:
+def meshes(config: RunConfig, devices: Sequence[Any] | None = None) -> dict[str, Mesh]:
     """Which devices hold which model.
 
     Args:
         config: A resolved config.
+        devices: All there are; this machine's by default.
 
     Returns:
         The mesh of the student, and that of each teacher by its path: devices of its own where it
@@ -144,9 +152,9 @@ def meshes(config: RunConfig) -> dict[str, Mesh]:
         ['student', 'teacher']
     """
     own = configs.streaming_devices(config)
-    left, *parts = split_devices([*own.values()])
+    left, *parts = split_devices([*own.values()], devices)
     axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    student = make_mesh(*axes, devices=left, keep_order=True) if own else make_mesh(*axes)
+    student = make_mesh(*axes, devices=left, keep_order=bool(own))
     teachers = config.teacher_groups()
     found = {"student": student, **dict.fromkeys(teachers, student)}
     for path, devices in zip(own, parts, strict=True):
@@ -203,15 +211,7 @@ def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.L
     """
     student = config.student
     m = load_model("student", student, mesh)
-    if student.lora_rank:
-        targets = student.lora_targets.split(",") if student.lora_targets else ()
-        models.add_adapters(
-            m.model,
-            rank=student.lora_rank,
-            alpha=student.lora_alpha,
-            targets=targets,
-            seed=config.train.seed,
-        )
+    adapt(m.model, config)
     graph, params, frozen = models.split_trained(m.model)
     if student.lora_rank:
         count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -23,6 +23,7 @@ COMMANDS = {
     "cache": "store what the teacher says of the training answers; again: continue",
     "evaluate": "score a model's answers to held-out questions",
     "export": "write a run's student as a Hugging Face directory",
+    "plan": "compile a run's train step for TPUs that are not there: does it fit, how fast is it",
 }
 EPILOG = """\
 Any field of the config can be set after it: --config.data.batch_size=16 --config.train.epochs=3.
@@ -32,6 +33,7 @@ examples:
   uld-jax train --config=configs/quickstart.py --workdir=runs/first
   uld-jax train --workdir=runs/first                      (resumes it)
   uld-jax evaluate --workdir=runs/first
+  uld-jax plan --config=configs/quickstart.py --topology=v5e:2x2
   uld-jax train --config=configs/quickstart.py --workdir=runs/mine \\
       --config.data.source=jsonl:my.jsonl --config.student.source=owner/student
 """
@@ -99,9 +101,26 @@ def build_parser() -> argparse.ArgumentParser:
         distributed.add_flags(command)
         if name == "evaluate":
             command.add_argument("--output", metavar="FILE.json", help="scores and answers")
+        if name == "plan":
+            _add_plan_flags(command)
     bench.add_parser(commands)
     commands.add_parser("fields", help="list every config field with its default")
     return parser
+
+
+def _add_plan_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--topology",
+        metavar="NAME[,NAME]",
+        required=True,
+        help="slices, such as v5e:4x4; with --platform=cuda a number of GPUs",
+    )
+    command.add_argument(
+        "--platform", choices=("tpu", "cuda"), default="tpu", help="for CUDA it is lowered only"
+    )
+    command.add_argument("--largest", action="store_true", help="find the largest batch that fits")
+    command.add_argument("--sweep", action="store_true", help="rank all meshes of the chips")
+    command.add_argument("--json", metavar="FILE.json", help="the same numbers, for programs")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from uld_jax.models.config import DecoderConfig, Policy
-from uld_jax.sharding import BATCH_AXES
+from uld_jax.sharding import BATCH_AXES, platform
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
@@ -22,7 +22,7 @@ def choose_backend(c: DecoderConfig, policy: Policy, length: int) -> str:
 
     Args:
         c: The decoder.
-        policy: Its `attention` names a backend; "auto" takes the best of this machine's that can
+        policy: Its `attention` names a backend; "auto" takes the best of the devices' that can
             compute this model and length, "xla" where there is none.
         length: Positions T.
 
@@ -39,7 +39,7 @@ def choose_backend(c: DecoderConfig, policy: Policy, length: int) -> str:
     can_splash = length % LANES == 0 and c.positions != "alibi" and _heads_divide(c)
     if policy.attention != "auto":
         return policy.attention if policy.attention != "splash" or can_splash else "xla"
-    backend = jax.default_backend()
+    backend = platform()
     if backend == "gpu" and can_cudnn:
         return "cudnn"
     return "splash" if backend == "tpu" and can_splash else "xla"

@@ -182,12 +182,32 @@ def load_tokenizer(source: str | os.PathLike[str]) -> LoadedTokenizer:
         uld_jax.errors.UserError: nowhere/at-all.gguf: no such file; ...
     """
     path = _locate(str(source), [name for name in FILES if name != WEIGHTS])
-    if path.suffix == ".gguf":
-        found = LoadedTokenizer(tokenizer_from_gguf(path), GgufSource(path).config)
-    else:
-        found = LoadedTokenizer(_read_tokenizer(path), read_model_config(path))
-    _check_tokenizer(found.tokenizer, found.config.vocab_size, str(source))
-    return found
+    tokenizer = tokenizer_from_gguf(path) if path.suffix == ".gguf" else _read_tokenizer(path)
+    config = load_config(path)
+    _check_tokenizer(tokenizer, config.vocab_size, str(source))
+    return LoadedTokenizer(tokenizer, config)
+
+
+def load_config(source: str | os.PathLike[str]) -> DecoderConfig:
+    """What a model is made of, from its config.json or its GGUF metadata alone.
+
+    Args:
+        source: As for `load`; a directory needs config.json only, and no more is fetched.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: As `load`, of the config.
+
+    Example:
+        >>> load_config("nowhere/at-all.gguf")
+        Traceback (most recent call last):
+        ...
+        uld_jax.errors.UserError: nowhere/at-all.gguf: no such file; ...
+    """
+    path = _locate(str(source), ["config.json"])
+    return GgufSource(path).config if path.suffix == ".gguf" else read_model_config(path)
 
 
 def weights_fingerprint(source: str | os.PathLike[str]) -> str:

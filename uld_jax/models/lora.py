@@ -64,10 +64,9 @@ def _add_adapter(module: Any, name: str, rank: int, key: jax.Array) -> None:
     layers, inputs, outputs = weight.get_metadata("axes")
     shapes = (*weight.shape[:2], rank), (weight.shape[0], rank, weight.shape[2])
     both_axes = (layers, inputs, "narrow"), (layers, "narrow", outputs)
-    place = None
-    if isinstance(weight[...].sharding, NamedSharding):
-        mesh = weight[...].sharding.mesh
-        place = tuple(named_sharding(mesh, axes) for axes in both_axes)
+    place, lies = None, getattr(weight[...], "sharding", None)  # which a traced array has not
+    if isinstance(lies, NamedSharding):
+        place = tuple(named_sharding(lies.mesh, axes) for axes in both_axes)
     a, b = jax.jit(
         lambda key: (_init_a(key, shapes[0], jnp.float32), jnp.zeros(shapes[1], jnp.float32)),
         out_shardings=place,

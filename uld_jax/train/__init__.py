@@ -5,7 +5,7 @@ from uld_jax.train.loop import fit, to_mesh
 from uld_jax.train.metrics import TIMES, MetricsWriter, read_metrics
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
-from uld_jax.train.program import Program, make_program
+from uld_jax.train.program import Program, adapt, make_program
 from uld_jax.train.state import TrainState, init_state, param_shardings, state_shardings
 from uld_jax.train.step import StepTeacher, gradients, train_step
 
@@ -17,6 +17,7 @@ __all__ = [
     "Program",
     "StepTeacher",
     "TrainState",
+    "adapt",
     "fit",
     "gradients",
     "init_state",

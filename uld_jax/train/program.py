@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from uld_jax.config import RunConfig
-from uld_jax.models import Decoder, split_trained
+from uld_jax.models import Decoder, add_adapters, split_trained
 from uld_jax.train.cost import StepFlops, step_flops
 from uld_jax.train.optimizer import make_optimizer
 from uld_jax.train.state import TrainState, init_state, state_shardings
@@ -51,6 +51,35 @@ class Program:
             The model.
         """
         return nnx.merge(self.graph, params, *self.frozen)
+
+
+def adapt(student: Decoder, config: RunConfig) -> None:
+    """Gives the student the adapters that the config asks for, if any.
+
+    Args:
+        student: Changed in place.
+        config: The run.
+
+    Raises:
+        UserError: Adapters for matrices that it does not have.
+
+    Example:
+        >>> from uld_jax.config import ModelConfig
+        >>> from uld_jax.testing import tiny_config
+        >>> student = Decoder(tiny_config(), rngs=nnx.Rngs(0))
+        >>> adapt(student, RunConfig(ModelConfig(lora_rank=4, lora_targets="mlp.up")))
+        >>> student.blocks.mlp.up_lora_a.shape
+        (2, 32, 4)
+    """
+    own = config.student
+    if own.lora_rank:
+        add_adapters(
+            student,
+            rank=own.lora_rank,
+            alpha=own.lora_alpha,
+            targets=own.lora_targets.split(",") if own.lora_targets else (),
+            seed=config.train.seed,
+        )
 
 
 def make_program(

@@ -1,0 +1,264 @@
+"""`uld-jax plan` on tiny models that are nothing but a config.json.
+
+Run as a script, this file calls the command with each list of arguments that it is given as JSON,
+and prints what came of each: libtpu is loaded in a process of its own.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from uld_jax.cli.main import main
+from uld_jax.models import Policy
+from uld_jax.models.families import by_model_type
+from uld_jax.models.flash import choose_backend
+from uld_jax.plan import get_slice, size
+from uld_jax.sharding import make_mesh, platform
+from uld_jax.testing import tiny_config, tiny_gemma
+
+CONFIG = """
+from uld_jax.config import *
+
+def get_config():
+    return RunConfig(
+        student=ModelConfig(source="{root}/student", max_length=128, dtype="bfloat16"),
+        teacher=TeacherConfig(
+            source="{root}/teacher", max_length=128, max_new_tokens=15, param_dtype="bfloat16"
+        ),
+        data=DataConfig(batch_size=8),
+        mesh=MeshConfig(fsdp=2, tensor=2),
+    )
+"""
+SIZES = {"width": 128, "head_dim": 32, "mlp_width": 256, "layers": 3}
+STUDENT = tiny_config(vocab_size=512, **SIZES)
+TEACHER = tiny_gemma(vocab_size=1024, **SIZES | {"kv_heads": 2, "local_layers": (True,) * 3})
+# Its two layers, with their moments, are 150 GiB.
+LARGE = tiny_config(vocab_size=512, width=1024, head_dim=32, mlp_width=2**21)
+
+
+def write_config(config, directory):
+    by_model_type(config.family, "").config_to_hf(config).save_pretrained(directory)
+
+
+def layer_parameters(c):
+    """Those of one layer's matrices, by hand."""
+    attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
+    return attention + 3 * c.width * c.mlp_width
+
+
+def call(arguments):
+    """Status, output and errors of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def attention_on_tpu():
+    """What "auto" takes where the mesh is of TPUs, and where there is none."""
+    mesh = make_mesh(1, 2, 2, devices=get_slice("v5e:2x2").devices)
+    with jax.set_mesh(mesh):
+        there = platform(), choose_backend(STUDENT, Policy(), 128)
+    return [there, (platform(), choose_backend(STUDENT, Policy(), 128))]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    for name, config in (("student", STUDENT), ("teacher", TEACHER), ("large", LARGE)):
+        write_config(config, root / name)
+    (root / "config.py").write_text(CONFIG.format(root=root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def planned(root):
+    """What several commands have said, one process having made them all."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is absent: pip install 'uld-jax[plan]'")
+    plan = ["plan", f"--config={root / 'config.py'}"]
+    commands = {
+        "fits": [*plan, "--topology=v5e:2x2", f"--json={root / 'fits.json'}"],
+        "large": [
+            *plan,
+            "--topology=v5e:2x2",
+            f"--json={root / 'large.json'}",
+            f"--config.student.source={root / 'large'}",
+        ],
+        "shape": [*plan, "--topology=v5e:3x3"],
+        "mesh": [*plan, "--topology=v5e:2x2", "--config.mesh.tensor=3"],
+    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "400"}
+    command = [sys.executable, __file__, json.dumps(commands)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def plans(root, name):
+    return json.loads((root / f"{name}.json").read_text())["plans"]
+
+
+def test_parameter_and_optimizer_bytes_are_those_of_arithmetic(root, planned):
+    assert planned["fits"]["status"] == 0, planned["fits"]["err"]
+    [plan] = plans(root, "fits")
+    # Matrices lie on all four chips; f32 and two f32 moments, and bf16. Norms are left out.
+    student = STUDENT.vocab_size * STUDENT.width + 3 * layer_parameters(STUDENT)
+    teacher = TEACHER.vocab_size * TEACHER.width + 3 * layer_parameters(TEACHER)
+    found = plan["bytes"]
+    assert found["student parameters"] == pytest.approx(student * 4 / 4, rel=0.02)
+    assert found["optimizer state"] == pytest.approx(student * 8 / 4, rel=0.02)
+    assert found["teacher parameters"] == pytest.approx(teacher * 2 / 4, rel=0.02)
+    # Tokens and segments of two rows-of-128 arrays a model, four rows a chip, and positions.
+    assert found["batch"] == 4 * (4 * 4 * 128 + 5 * 64)
+    assert plan["fits"]
+    assert plan["total_bytes"] == sum(found.values()) < plan["memory_bytes"] == 16 * 2**30
+
+
+def test_what_the_compiler_says(root, planned):
+    [plan] = plans(root, "fits")
+    # A layer gathers its weights over fsdp and reduces its outputs over tensor, and there are 3.
+    assert plan["collectives"]["all-gather"]["count"] >= 3
+    assert plan["collectives"]["all-reduce"]["count"] >= 3
+    assert plan["endless_loops"] == 0
+    assert plan["compiler_flops"] > 0
+    assert plan["compile_seconds"] > 0.1  # not read from a cache
+    estimate = plan["estimate"]
+    assert estimate["step"] == max(estimate[name] for name in ("compute", "memory", "network"))
+    flops = sum(plan["model_flops"].values())
+    assert estimate["compute"] == pytest.approx(flops / 197e12)
+    assert plan["intensity"] == pytest.approx(flops / plan["moved_bytes"])
+    tokens = 8 * 128 / estimate["step"] / 4
+    assert estimate["student_tokens_per_second_per_chip"] == pytest.approx(tokens)
+
+
+def test_the_text_has_the_numbers_of_the_json(root, planned):
+    [plan] = plans(root, "fits")
+    out = planned["fits"]["out"]
+    for kind, number in plan["bytes"].items():
+        assert [kind, size(number)] == line_of(out, kind), out
+    for kind, traffic in plan["collectives"].items():
+        expected = (
+            f"{kind} {traffic['count']:,} {size(traffic['bytes'])} {size(traffic['sent'])} sent"
+        )
+        assert expected in " ".join(out.split())
+    assert f"total {size(plan['total_bytes'])} of 16.00 GiB: fits" in " ".join(out.split())
+    assert "ESTIMATE" in out
+    assert f"step {plan['estimate']['step']:.4g} s" in out
+
+
+def line_of(out, kind):
+    """The words of the line about a kind of bytes: the kind, and the size."""
+    [line] = [line for line in out.splitlines() if line.startswith(f"  {kind} ")]
+    return [kind, " ".join(line.split()[len(kind.split()) :])]
+
+
+def test_a_model_too_large_does_not_fit(root, planned):
+    assert planned["large"]["status"] == 0, planned["large"]["err"]
+    [plan] = plans(root, "large")
+    assert not plan["fits"]
+    assert plan["estimate"] is None
+    # Parameters and moments are 24 GiB a chip, before any gradient.
+    assert plan["total_bytes"] > plan["bytes"]["optimizer state"] > 16 * 2**30
+    assert "DOES NOT FIT" in planned["large"]["out"]
+
+
+def test_a_tpu_mesh_gets_a_tpu_program(planned):
+    assert planned["attention"] == [["tpu", "splash"], ["cpu", "xla"]]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("shape", "v5e:3x3"), ("mesh", "mesh: expected")])
+def test_a_bad_slice_or_mesh_is_one_clear_error(planned, name, expected):
+    result = planned[name]
+    assert result["status"] == 2
+    errors = [line for line in result["err"].splitlines() if "error" in line]
+    assert errors[0].startswith("error: "), result["err"]
+    assert expected in result["err"]
+    assert "Traceback" not in result["err"]
+
+
+@pytest.fixture
+def uld(root, capsys):
+    """Runs `uld-jax plan` here, where no libtpu is loaded."""
+
+    def run(*arguments):
+        status = main(["plan", f"--config={root / 'config.py'}", *arguments])
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+    return run
+
+
+def test_an_unknown_generation_is_one_line(uld):
+    result = uld("--topology=v9:2x2")
+    assert result.status == 2
+    assert result.err.startswith("error: --topology=v9:2x2: expected GENERATION:SHAPE")
+    assert result.err.count("\n") == 1
+
+
+def test_a_missing_libtpu_is_one_line(uld, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # what Python keeps of an absent module
+    result = uld("--topology=v5e:2x2")
+    assert result.status == 2
+    assert result.err == (
+        "error: --topology=v5e:2x2: to compile for TPUs needs libtpu, which is not installed: "
+        "pip install 'uld-jax[plan]'\n"
+    )
+
+
+def test_a_missing_config_json_is_one_line(uld, tmp_path):
+    result = uld("--topology=4", "--platform=cuda", f"--config.teacher.source={tmp_path}")
+    assert result.status == 2
+    assert result.err.startswith(f"error: {tmp_path / 'config.json'}: no such file")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--topology=v5e:2x2", "--largest", "--sweep"], "expected one of them"),
+        (["--topology=4", "--platform=cuda", "--sweep"], "expected --platform=tpu"),
+        (["--topology=v5e:2x2", "--platform=cuda"], "expected a number of GPUs"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_one_line(uld, arguments, expected):
+    result = uld(*arguments)
+    assert result.status == 2
+    assert expected in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["--config.student.lora_rank=4", "--config.teacher.quantize=int8"],
+        ["--config.teacher.mode=cache", "--config.teacher.cache=nowhere"],
+    ],
+)
+def test_the_step_lowers_for_cuda(uld, tmp_path, changes):
+    report = tmp_path / "cuda.json"
+    result = uld("--topology=4", "--platform=cuda", f"--json={report}", *changes)
+    assert result.status == 0, result.err
+    assert "NOT compiled" in " ".join(result.out.split())
+    found = json.loads(report.read_text())
+    matrices = STUDENT.vocab_size * STUDENT.width + 3 * layer_parameters(STUDENT)
+    assert found["program_lines"] > 500
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    trains_all = "--config.student.lora_rank=4" not in changes
+    assert (found["bytes"]["optimizer state"] > matrices) == trains_all
+    has_teacher = "--config.teacher.mode=cache" not in changes
+    assert (found["bytes"]["teacher parameters"] > 0) == has_teacher
+    assert (found["model_flops"]["teacher"] > 0) == has_teacher
+
+
+if __name__ == "__main__":
+    results = {name: call(arguments) for name, arguments in json.loads(sys.argv[1]).items()}
+    print(json.dumps(results | {"attention": attention_on_tpu()}))

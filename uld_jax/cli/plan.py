@@ -1,0 +1,121 @@
+"""`uld-jax plan`: whether a run's train step fits a TPU slice, before there is one."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from uld_jax import plan as planning
+from uld_jax.cli import compose
+from uld_jax.cli.compose import console, say
+from uld_jax.config import RunConfig, streaming_devices
+from uld_jax.errors import UserError
+from uld_jax.files import write_json
+from uld_jax.plan import Plan, Slice
+from uld_jax.sharding import batch_shards
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles the step for each slice and prints what the compiler knows of it.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        UserError: Bad input of any kind, or libtpu is missing.
+    """
+    if args.largest and args.sweep:
+        raise UserError("--largest and --sweep: expected one of them, got both")
+    # A TPU or GPU that is there is left to those who compute.
+    jax.config.update("jax_platforms", "cpu")
+    if args.platform == "cuda":
+        report = _lower_for_cuda(args)
+    else:
+        with _no_compilation_cache():
+            report = _plan_slices(args)
+    if args.json:
+        write_json(Path(args.json), report)
+
+
+def _plan_slices(args: argparse.Namespace) -> dict[str, Any]:
+    slices = [planning.get_slice(name) for name in args.topology.split(",")]
+    configs = [
+        compose.run_config(args, device_count=len(s.devices), process_count=s.hosts) for s in slices
+    ]
+    made_of = planning.read_configs(configs[0])
+    plans: list[Plan] = []
+    left_out: list[str] = []
+    for where, config in zip(slices, configs, strict=True):
+        found, reasons = _plan_slice(args, config, made_of, where)
+        plans += found
+        left_out += [f"{where.name}, {reason}" for reason in reasons]
+    if len(plans) > 1:
+        say("\n".join(planning.table(plans)))
+    for reason in left_out:
+        say(f"left out: {reason}")
+    for path in streaming_devices(configs[0]):
+        say(f"{path} streams: its own devices and its program are not planned, its signal is")
+    return {"plans": [planning.to_json(plan) for plan in plans], "left_out": left_out}
+
+
+def _plan_slice(
+    args: argparse.Namespace, config: RunConfig, made_of: dict[str, Any], where: Slice
+) -> tuple[list[Plan], list[str]]:
+    """The plans of one slice, and what was left out."""
+
+    def plan(config: RunConfig) -> Plan:
+        mesh = compose.meshes(config, where.devices)["student"]
+        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        with console.status(f"compiling for {where.name}, {shape}, batch {config.data.batch_size}"):
+            return planning.make_plan(config, made_of, mesh, where)
+
+    mesh = compose.meshes(config, where.devices)["student"]
+    if args.sweep:
+        return planning.sweep(config, [*made_of.values()], mesh.size, plan)
+    if not args.largest:
+        found = plan(config)
+        say("\n".join(planning.lines(found)))
+        return [found], []
+    plans = planning.largest_batch(config, config.train.accumulation * batch_shards(mesh), plan)
+    fitting = [found for found in plans if found.fits]
+    if fitting:
+        say("\n".join(["the largest batch that fits:", *planning.lines(fitting[-1])]))
+    else:
+        say(f"{where.name}: no batch fits, not even of {plans[0].batch_size}")
+    return plans, []
+
+
+def _lower_for_cuda(args: argparse.Namespace) -> dict[str, Any]:
+    if args.largest or args.sweep:
+        raise UserError(
+            "--largest, --sweep: expected --platform=tpu, for nothing is compiled for CUDA"
+        )
+    if not args.topology.isdecimal() or int(args.topology) < 1:
+        raise UserError(
+            f"--topology={args.topology}: expected a number of GPUs with --platform=cuda"
+        )
+    devices = int(args.topology)
+    config = compose.run_config(args, device_count=devices, process_count=1)
+    if streaming_devices(config):
+        raise UserError("--platform=cuda: expected teachers that do not stream (teacher.mode)")
+    report = planning.lower_for_cuda(config, planning.read_configs(config), devices)
+    say(
+        f"{devices} CUDA devices: the step lowers, {report['program_lines']:,} lines. It is NOT "
+        "compiled: whether it fits is not known, nor how fast it is.\narguments on each GPU: "
+        + ", ".join(f"{kind} {planning.size(size)}" for kind, size in report["bytes"].items())
+    )
+    return report
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """So that the time a compilation takes is not that of reading an earlier one."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

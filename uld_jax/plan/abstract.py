@@ -1,0 +1,243 @@
+"""A run's train step with shapes in place of arrays: from its config and its models' configs."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from uld_jax import models
+from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
+from uld_jax.models import DecoderConfig, EncoderDecoderConfig, Policy
+from uld_jax.sharding import BATCH_AXES, MESH_AXES, mesh_shape
+from uld_jax.train import Program, TrainState, adapt, make_program, param_shardings
+from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
+
+ModelConfig = DecoderConfig | EncoderDecoderConfig
+# As the loader rounds lengths and positions up.
+MULTIPLE = 16
+# Of a run: the step has it in the schedule's constants only.
+STEPS = 1000
+
+
+class AbstractStep(NamedTuple):
+    """A train step and all that it is given, as shapes that say where they lie.
+
+    Attributes:
+        program: Its function and what is fixed.
+        state: Parameters, optimizer state, key.
+        teachers: Each teacher's parameters, None for one that is not part of the step.
+        batch: The data.
+        frozen: The student's parameters that are not trained.
+    """
+
+    program: Program
+    state: TrainState
+    teachers: list[nnx.State | None]
+    batch: Batch
+    frozen: tuple[nnx.State, ...]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `program.step`."""
+        return self.state, self.teachers, self.batch, self.frozen
+
+    def bytes_per_device(self) -> dict[str, float]:
+        """What each kind of argument takes on a device, by arithmetic.
+
+        Returns:
+            Kind to bytes.
+        """
+        return {
+            "student parameters": _bytes((self.state.params, self.frozen)),
+            "teacher parameters": _bytes(self.teachers),
+            "optimizer state": _bytes((self.state.opt_state, self.state.step, self.state.key)),
+            "batch": _bytes(self.batch),
+        }
+
+
+def read_configs(config: RunConfig) -> dict[str, ModelConfig]:
+    """What the student and each teacher are made of, no weights and no tokenizer read.
+
+    Args:
+        config: The run.
+
+    Returns:
+        By the path of its config, "student" first.
+
+    Raises:
+        UserError: A model that is not there or not supported.
+    """
+    groups = {"student": config.student, **config.teacher_groups()}
+    return {path: models.load_config(group.source) for path, group in groups.items()}
+
+
+def abstract_step(
+    config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh | AbstractMesh
+) -> AbstractStep:
+    """Puts the step together as `uld_jax.train.fit` does, without an array.
+
+    Args:
+        config: The run.
+        made_of: From `read_configs`.
+        mesh: The student's.
+
+    Returns:
+        The step.
+
+    Raises:
+        UserError: A mesh axis does not divide an array axis.
+
+    Example:
+        >>> from uld_jax.sharding import make_mesh
+        >>> from uld_jax.testing import tiny_config, tiny_gemma
+        >>> made_of = {"student": tiny_config(), "teacher": tiny_gemma()}
+        >>> step = abstract_step(RunConfig(), made_of, make_mesh(-1, 1, 1))
+        >>> step.batch.student_tokens.shape
+        (1, 8, 1024)
+    """
+    student = _abstract_model(config.student, made_of["student"])
+    student = nnx.eval_shape(functools.partial(_adapted, config=config), student)
+    teachers = [
+        _abstract_model(group, made_of[path]) if group.mode == "online" else None
+        for path, group in config.teacher_groups().items()
+    ]
+    on_mesh: Any = mesh
+    program, params = make_program(student, teachers, config, steps=STEPS, mesh=on_mesh)
+    place = functools.partial(_placed, mesh=on_mesh)
+    return AbstractStep(
+        program,
+        _shapes(jax.eval_shape(program.fresh, params), program.shardings),
+        [None if own is None else place(own) for own in program.teacher_params],
+        abstract_batch(config, made_of, mesh),
+        tuple(place(own) for own in program.frozen),
+    )
+
+
+def abstract_batch(
+    config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh | AbstractMesh
+) -> Batch:
+    """A batch as large as the config allows any to be.
+
+    Rows are `max_length` long. An answer is as long as `teacher.max_new_tokens` (or
+    `train.on_policy_tokens`) and the token that ends it.
+
+    Args:
+        config: The run.
+        made_of: Its models.
+        mesh: The student's.
+
+    Returns:
+        Shapes that say where they lie.
+    """
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.train.accumulation
+    rows = config.data.batch_size // parts
+    answer = answer_length(config)
+    sharding: Any = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((parts, *shape), dtype, sharding=sharding)
+
+    def positions(*shape: int, dtype: Any = jnp.float32) -> Any:
+        count = _round_up(rows // groups * answer)
+        return array(groups, count, *shape, dtype=dtype)
+
+    def tokens(prefix: str, path: str, group: BaseModelConfig) -> dict[str, Any]:
+        encoder = isinstance(made_of[path], EncoderDecoderConfig)
+        lengths = {prefix: answer, f"{prefix}encoder_": group.max_length - answer}
+        return {
+            name + part: array(rows, _round_up(length))
+            for name, length in (lengths if encoder else {prefix: group.max_length}).items()
+            for part in ("tokens", "segment_ids")
+        }
+
+    def teacher(path: str, group: TeacherConfig) -> TeacherTokens | TeacherSignal:
+        if group.mode == "online":
+            index = positions(dtype=jnp.int32)
+            return TeacherTokens(uld_weight=positions(), index=index, **tokens("", path, group))
+        vocabulary = made_of[path].vocab_size
+        most = group.cache_cap if group.mode == "cache" else group.stream_top_k or vocabulary
+        signal = SortedSignal(positions(min(most, vocabulary)), positions(), positions())
+        return TeacherSignal(positions(), signal)
+
+    return Batch(
+        **tokens("student_", "student", config.student),
+        student_index=positions(dtype=jnp.int32),
+        targets=positions(dtype=jnp.int32),
+        ce_weight=positions(),
+        teachers=tuple(teacher(*item) for item in config.teacher_groups().items()),
+    )
+
+
+def answer_length(config: RunConfig) -> int:
+    """The longest answer that a batch has room for, in tokens, its end included.
+
+    Example:
+        >>> answer_length(RunConfig(teacher=TeacherConfig(max_new_tokens=150)))
+        151
+    """
+    sampled = config.train.on_policy_tokens if config.train.on_policy_fraction else 0
+    return max(config.teacher.max_new_tokens, sampled) + 1
+
+
+def abstract_mesh(config: RunConfig, devices: int) -> AbstractMesh:
+    """The student's mesh without any devices, for programs that are lowered only.
+
+    Args:
+        config: A resolved config, whose teachers do not stream.
+        devices: How many there would be.
+
+    Returns:
+        The mesh.
+    """
+    axes = config.mesh
+    auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    shape = mesh_shape(axes.data, axes.fsdp, axes.tensor, devices)
+    return AbstractMesh(shape, MESH_AXES, axis_types=auto)
+
+
+def _abstract_model(group: BaseModelConfig, made_of: ModelConfig) -> models.Decoder:
+    policy = Policy(dtype=group.dtype, remat=group.remat)
+    config: Any = made_of
+    model = models.abstract_decoder(config, policy, jnp.dtype(group.param_dtype))
+    if isinstance(group, TeacherConfig) and group.quantize:
+        model = nnx.eval_shape(functools.partial(_quantized, kind=group.quantize), model)
+    return model
+
+
+def _quantized(model: models.Decoder, *, kind: str) -> models.Decoder:
+    models.quantize(model, kind)
+    return model
+
+
+def _adapted(model: models.Decoder, *, config: RunConfig) -> models.Decoder:
+    adapt(model, config)
+    return model
+
+
+def _placed(params: nnx.State, *, mesh: Mesh) -> nnx.State:
+    return _shapes(params, param_shardings(params, mesh))
+
+
+def _shapes(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), tree, shardings
+    )
+
+
+def _bytes(tree: Any) -> float:
+    """On one device."""
+    total = 0.0
+    for leaf in jax.tree.leaves(tree):
+        bits = 4 if leaf.dtype.name == "int4" else 8 * leaf.dtype.itemsize
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits / 8
+    return total
+
+
+def _round_up(size: int) -> int:
+    return -(-size // MULTIPLE) * MULTIPLE

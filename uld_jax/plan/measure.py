@@ -1,0 +1,209 @@
+"""Compiles a train step for chips that are not there, and says what the compiler knows of it."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from uld_jax.config import RunConfig
+from uld_jax.plan.abstract import AbstractStep, ModelConfig, abstract_step
+from uld_jax.plan.hlo import Program
+from uld_jax.plan.topology import Chip, Slice
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a train step on a slice before it has run; bytes and FLOPs are a chip's.
+
+    Attributes:
+        topology: The slice.
+        chips: Of it.
+        mesh: Devices along each axis of the student's mesh.
+        batch_size: Examples of a step.
+        micro_batches: Parts that it is read in.
+        student_length: Tokens of a student's row, padded, encoder and decoder together.
+        answer_positions: Of a batch, padded.
+        bytes: By kind: what it is given, and where it has compiled temporaries, padding (of the
+            arguments' tiles), results (that take no argument's place) and program.
+        total_bytes: Of all kinds; where it has not compiled, as far as the compiler said.
+        memory_bytes: The chip's, as published.
+        fits: Whether the compiler found room.
+        collectives: Kind to count, bytes, and bytes that a chip sends.
+        endless_loops: Loops of unknown length, whose bodies count once.
+        model_flops: Of student and teacher, see `uld_jax.train.cost.step_flops`.
+        compiler_flops: XLA's count, which takes each loop's body once.
+        moved_bytes: Between the chip and its memory.
+        intensity: model_flops / moved_bytes.
+        compile_seconds: Tracing left out.
+        estimate: Seconds at the published rates, each alone (compute, memory, network); step, the
+            largest of them; student tokens a second and chip. None where it has not compiled.
+    """
+
+    topology: str
+    chips: int
+    mesh: Mapping[str, int]
+    batch_size: int
+    micro_batches: int
+    student_length: int
+    answer_positions: int
+    bytes: Mapping[str, float]
+    total_bytes: float
+    memory_bytes: float
+    fits: bool
+    collectives: Mapping[str, Mapping[str, float]]
+    endless_loops: int
+    model_flops: Mapping[str, float]
+    compiler_flops: float
+    moved_bytes: float
+    intensity: float
+    compile_seconds: float
+    estimate: Mapping[str, float] | None
+
+
+def make_plan(
+    config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh, where: Slice
+) -> Plan:
+    """Compiles one train step; takes minutes for a large model, and no accelerator.
+
+    Args:
+        config: The run.
+        made_of: Its models, from `read_configs`.
+        mesh: The student's, of the slice's devices.
+        where: The slice.
+
+    Returns:
+        The plan, of a step that fits or does not.
+
+    Raises:
+        UserError: A mesh axis does not divide an array axis.
+    """
+    step = abstract_step(config, made_of, mesh)
+    with jax.set_mesh(mesh):
+        lowered = step.program.step.lower(*step.arguments)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, message = None, str(error)
+    seconds = time.perf_counter() - start
+    chips = mesh.devices.size
+    known = _sizes(step, config) | {
+        "topology": where.name,
+        "chips": chips,
+        "mesh": dict(mesh.shape),
+        "memory_bytes": where.chip.memory,
+        "model_flops": {
+            name: flops / chips for name, flops in step.program.cost(step.batch)._asdict().items()
+        },
+        "compile_seconds": seconds,
+    }
+    kinds = step.bytes_per_device()
+    if compiled is None:
+        return Plan(**known, **_refused(kinds, message))
+    return Plan(**known, **_compiled(compiled, kinds, known, where.chip, config))
+
+
+def temporaries_asked_for(message: str, arguments: float) -> float:
+    """What the compiler wanted besides the arguments when it found no room.
+
+    Args:
+        message: Its own.
+        arguments: Bytes of all of them.
+
+    Returns:
+        Bytes; 0 where it does not say.
+
+    Example:
+        >>> temporaries_asked_for("memory required for HLO temporaries (1.5K) exceeds ...", 10)
+        1536.0
+        >>> temporaries_asked_for("Used 1.5K of 1.0K hbm. Exceeded hbm capacity by 512.", 10)
+        1526.0
+    """
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    if found:
+        return float(found[1]) * _UNITS[found[2]]
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    return max(float(found[1]) * _UNITS[found[2]] - arguments, 0.0) if found else 0.0
+
+
+def _sizes(step: AbstractStep, config: RunConfig) -> dict[str, Any]:
+    batch = step.batch
+    encoder = batch.student_encoder_tokens
+    return {
+        "batch_size": config.data.batch_size,
+        "micro_batches": config.train.accumulation,
+        "student_length": batch.student_tokens.shape[-1]
+        + (0 if encoder is None else encoder.shape[-1]),
+        "answer_positions": batch.targets.size,
+    }
+
+
+def _refused(kinds: Mapping[str, float], message: str) -> dict[str, Any]:
+    """Of a program that has not compiled."""
+    arguments = sum(kinds.values())
+    temporaries = temporaries_asked_for(message, arguments)
+    return {
+        "bytes": dict(kinds) | {"temporaries": temporaries},
+        "total_bytes": arguments + temporaries,
+        "fits": False,
+        "collectives": {},
+        "endless_loops": 0,
+        "compiler_flops": 0.0,
+        "moved_bytes": 0.0,
+        "intensity": 0.0,
+        "estimate": None,
+    }
+
+
+def _compiled(
+    compiled: Any,
+    kinds: Mapping[str, float],
+    known: Mapping[str, Any],
+    chip: Chip,
+    config: RunConfig,
+) -> dict[str, Any]:
+    """Of one that has."""
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    padding = memory.argument_size_in_bytes - sum(kinds.values())
+    kinds = dict(kinds) | {
+        "padding": max(padding, 0.0),
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    collectives = program.collectives()
+    moved = program.memory_bytes()
+    flops = known["model_flops"]
+    # What is computed again for the backward pass is work, if not the model's.
+    again = flops["student"] / 3 if config.student.remat == "full" else 0.0
+    times = {
+        "compute": (sum(flops.values()) + again) / chip.flops,
+        "memory": moved / chip.memory_bandwidth,
+        "network": sum(kind.sent for kind in collectives.values()) / chip.network_bandwidth,
+    }
+    step = max(times.values())
+    tokens = known["batch_size"] * known["student_length"]
+    total = sum(kinds.values())
+    return {
+        "bytes": kinds,
+        "total_bytes": total,
+        "fits": total <= chip.memory,
+        "collectives": {name: dataclasses.asdict(kind) for name, kind in collectives.items()},
+        "endless_loops": program.endless,
+        "compiler_flops": compiled.cost_analysis()["flops"],
+        "moved_bytes": moved,
+        "intensity": sum(flops.values()) / moved,
+        "estimate": times
+        | {
+            "step": step,
+            "student_tokens_per_second_per_chip": tokens / step / known["chips"],
+        },
+    }

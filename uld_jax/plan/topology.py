@@ -1,0 +1,109 @@
+"""The chips of TPU slices that need not be there: their devices, and their published figures."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from uld_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What is published of a chip.
+
+    Attributes:
+        flops: bfloat16 operations a second, at best.
+        memory: Bytes of HBM.
+        memory_bandwidth: Bytes a second between it and the chip.
+        network_bandwidth: Bytes a second over all its links to other chips of the slice.
+    """
+
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    network_bandwidth: float
+
+
+# Source: cloud.google.com/tpu/docs, the page of each generation; links are in Gbit/s there.
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8),
+}
+# The other generations have one device a chip by themselves.
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+# libtpu neither asks the cloud which TPU this machine is, nor keeps other processes from it.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Slice(NamedTuple):
+    """A TPU slice to plan for.
+
+    Attributes:
+        name: Such as "v5e:4x4".
+        chip: What each of its chips can do.
+        devices: One a chip; programs can be compiled for them.
+        hosts: Machines, each with as many of them.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[Any]
+    hosts: int
+
+
+def get_slice(name: str) -> Slice:
+    """The devices of a slice, known to libtpu, which must be installed.
+
+    Args:
+        name: Generation and shape, such as "v5e:4x4" or "v5p:4x4x8".
+
+    Returns:
+        The slice.
+
+    Raises:
+        UserError: libtpu is missing, or it knows no such slice.
+
+    Example:
+        >>> get_slice("v9:2x2")
+        Traceback (most recent call last):
+        ...
+        uld_jax.errors.UserError: --topology=v9:2x2: expected GENERATION:SHAPE, such as ...
+    """
+    generation, _, shape = name.partition(":")
+    if generation not in CHIPS or not shape:
+        raise UserError(
+            f"--topology={name}: expected GENERATION:SHAPE, such as v5e:4x4, with a generation of "
+            f"{', '.join(CHIPS)}, got {generation!r}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={name}: to compile for TPUs needs libtpu, which is not installed: "
+            "pip install 'uld-jax[plan]'"
+        )
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_OPTIONS.get(generation, {})
+        )
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--topology={name}: libtpu knows no such slice ({reason}); write its shape as in "
+            "v5e:4x4 or v5p:2x2x4"
+        ) from error
+    devices = found.devices
+    hosts = len({device.process_index for device in devices})
+    return Slice(name, CHIPS[generation], devices, hosts)
