@@ -98,7 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name in ("generate", "cache", "export"):
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")
-        distributed.add_flags(command)
+        if name != "plan":
+            distributed.add_flags(command)
         if name == "evaluate":
             command.add_argument("--output", metavar="FILE.json", help="scores and answers")
         if name == "plan":
@@ -143,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
         args.overrides, args.argv = overrides, list(argv)
         _refuse_addresses(args)
         # Imported late: `--help` should not wait for JAX.
-        if args.command in COMMANDS:
+        if hasattr(args, "coordinator"):
             distributed.connect(args)
         importlib.import_module(f"uld_jax.cli.{args.command}").run(args)
     except UserError as error:
