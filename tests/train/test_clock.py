@@ -9,7 +9,7 @@ from uld_jax.sharding import make_mesh
 from uld_jax.testing import tiny_config, tiny_gemma, toy_batch
 from uld_jax.train import to_mesh
 from uld_jax.train.clock import Clock
-from uld_jax.train.cost import step_flops
+from uld_jax.train.cost import memory_peak, step_flops, utilisation
 
 
 def test_parts_and_the_rest_are_the_whole():
@@ -53,3 +53,17 @@ def test_whose_arithmetic_a_step_is():
     assert fewer.teacher == whole.teacher
     one = step_flops(to_mesh(toy_batch(rows=8), mesh), tiny_config(), [tiny_gemma()])
     assert one == whole
+
+
+def test_a_device_whose_peak_is_not_known_has_no_utilisation():
+    assert utilisation(1e12, 1.0, jax.devices()) is None
+    assert memory_peak(jax.local_devices()) is None
+
+
+class H100:
+    device_kind = "NVIDIA H100 80GB HBM3"
+
+
+def test_the_part_of_the_peak_that_is_used():
+    found = utilisation(989e12, 2.0, [H100(), H100()])  # pyright: ignore[reportArgumentType]
+    assert found == pytest.approx(0.25)

@@ -74,7 +74,7 @@ def student_step(
         )
 
     value, grads = jax.value_and_grad(loss)(state.params)
-    return apply_gradients(state, grads, tx), value
+    return apply_gradients(state, grads, tx)[0], value
 
 
 def measure_step(

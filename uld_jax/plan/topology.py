@@ -8,34 +8,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from uld_jax.chips import CHIPS, Chip
 from uld_jax.errors import UserError
 
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """What is published of a chip.
-
-    Attributes:
-        flops: bfloat16 operations a second, at best.
-        memory: Bytes of HBM.
-        memory_bandwidth: Bytes a second between it and the chip.
-        network_bandwidth: Bytes a second over all its links to other chips of the slice.
-    """
-
-    flops: float
-    memory: float
-    memory_bandwidth: float
-    network_bandwidth: float
-
-
-# Source: cloud.google.com/tpu/docs, the page of each generation; links are in Gbit/s there.
-CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8),
-}
 # The other generations have one device a chip by themselves.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 # libtpu neither asks the cloud which TPU this machine is, nor keeps other processes from it.

@@ -1,8 +1,9 @@
 """How much arithmetic a train step is, and whose."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from uld_jax.chips import peak_flops
 from uld_jax.models import DecoderConfig, EncoderDecoderConfig
 from uld_jax.models.flops import forward_flops
 from uld_jax.types import Batch, TeacherTokens
@@ -26,9 +27,45 @@ class StepFlops(NamedTuple):
     teacher: float
 
     @property
+    def total(self) -> float:
+        """Of all models."""
+        return self.student + self.teacher
+
+    @property
     def teacher_share(self) -> float:
         """The teachers' part of the whole."""
-        return self.teacher / (self.student + self.teacher)
+        return self.teacher / self.total
+
+
+def utilisation(flops: float, seconds: float, devices: Sequence[Any]) -> float | None:
+    """Model FLOPs utilisation: the part of the devices' bfloat16 peak that a step has made use of.
+
+    Args:
+        flops: Of the step, by the models' sizes.
+        seconds: It took.
+        devices: All that took part.
+
+    Returns:
+        From 0 to 1; None where the devices' peak is not known.
+
+    Source:
+        "PaLM: Scaling Language Modeling with Pathways", appendix B.
+    """
+    peak = peak_flops(devices[0].device_kind)
+    return None if peak is None else flops / seconds / (peak * len(devices))
+
+
+def memory_peak(devices: Sequence[Any]) -> int | None:
+    """The most bytes that were in use at a time on any of some devices, since the process began.
+
+    Args:
+        devices: Of this process.
+
+    Returns:
+        The number; None where devices do not tell, as CPUs do not.
+    """
+    told = [device.memory_stats() for device in devices]
+    return max((stats["peak_bytes_in_use"] for stats in told if stats), default=None)
 
 
 def step_flops(

@@ -19,6 +19,7 @@ from uld_jax.sharding import BATCH_AXES
 from uld_jax.teacher import StreamedTeacher
 from uld_jax.train.checkpoint import Checkpoints
 from uld_jax.train.clock import Clock
+from uld_jax.train.cost import memory_peak, utilisation
 from uld_jax.train.feed import FedBatch, Feed
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_schedule
@@ -152,6 +153,7 @@ class _Run:
     config: RunConfig
     pending: list[tuple[dict[str, Any], Metrics]] = dataclasses.field(default_factory=list)
     clock: Clock = dataclasses.field(default_factory=Clock)
+    flops: float = 0.0
 
     def step(
         self,
@@ -164,8 +166,9 @@ class _Run:
         batch = to_mesh(fed.arrays, self.mesh, fed.signals)
         with jax.set_mesh(self.mesh):
             state, metrics = program.step(state, program.teacher_params, batch, program.frozen)
-        known = {"step": step, **host, "teacher_share": program.cost(batch).teacher_share}
-        self.pending.append((known, metrics))
+        cost = program.cost(batch)
+        self.pending.append(({"step": step, **host, "teacher_share": cost.teacher_share}, metrics))
+        self.flops += cost.total
         return state
 
     def wait_for_the_step_before(self) -> None:
@@ -176,12 +179,19 @@ class _Run:
         """Fetches the pending metrics, adds rate and time, and stops a run that has diverged."""
         fetched = [(host, jax.device_get(metrics)) for host, metrics in self.pending]
         times = {name: round(t, 4) for name, t in self.clock.lap(len(fetched)).items()}
-        self.pending, rows = [], []
+        devices = [*self.mesh.devices.flat]
+        flops, seconds = self.flops / max(1, len(fetched)), max(times["seconds"], 1e-4)
+        hardware = {
+            "mfu": utilisation(flops, seconds, devices),
+            "memory_bytes": memory_peak(self.mesh.local_devices),
+        }
+        times |= {name: value for name, value in hardware.items() if value is not None}
+        self.pending, self.flops, rows = [], 0.0, []
         for host, metrics in fetched:
             row = {**host, **{name: value.item() for name, value in metrics.items()}}
             row["learning_rate"] = float(self.schedule(row["step"] - 1))
             tokens = row["student_tokens"] + row["teacher_tokens"]
-            row |= {**times, "tokens_per_second": round(tokens / max(times["seconds"], 1e-4), 1)}
+            row |= {**times, "tokens_per_second": round(tokens / seconds, 1)}
             rows.append(row)
         limit = self.config.train.max_nonfinite_steps
         bad = [row for row in rows if row["nonfinite_in_a_row"] > limit]

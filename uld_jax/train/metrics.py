@@ -26,6 +26,8 @@ TIMES = (
     "teacher_seconds",
     "device_seconds",
     "tokens_per_second",
+    "mfu",
+    "memory_bytes",
 )
 
 

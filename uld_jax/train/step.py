@@ -67,15 +67,16 @@ def train_step(
         loss: Weights, temperatures and method.
 
     Returns:
-        The next state, and scalars: those of `gradients`, grad_norm, skipped_steps and
-        nonfinite_in_a_row.
+        The next state, and scalars: those of `gradients`, grad_norm, update_norm, skipped_steps
+        and nonfinite_in_a_row.
     """
     grads, metrics = gradients(
         state.params, teacher_params, batch, frozen, student=student, teachers=teachers, loss=loss
     )
-    following = apply_gradients(state, grads, tx)
+    following, updates = apply_gradients(state, grads, tx)
     return following, metrics | {
         "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
         "skipped_steps": following.opt_state.total_notfinite,
         "nonfinite_in_a_row": following.opt_state.notfinite_count,
     }
@@ -183,7 +184,7 @@ def _of_teachers(
 
 def apply_gradients(
     state: TrainState, grads: nnx.State, tx: optax.GradientTransformation
-) -> TrainState:
+) -> tuple[TrainState, nnx.State]:
     """The state after the optimizer has taken a step.
 
     Args:
@@ -192,12 +193,12 @@ def apply_gradients(
         tx: The optimizer.
 
     Returns:
-        The next state.
+        The next state, and what was added to the parameters.
     """
     updates: Any
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, state.key)
+    return TrainState(state.step + 1, params, opt_state, state.key), updates
 
 
 def _micro_loss(
