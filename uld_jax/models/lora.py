@@ -66,7 +66,8 @@ def _add_adapter(module: Any, name: str, rank: int, key: jax.Array) -> None:
     both_axes = (layers, inputs, "narrow"), (layers, "narrow", outputs)
     place, lies = None, getattr(weight[...], "sharding", None)  # which a traced array has not
     if isinstance(lies, NamedSharding):
-        place = tuple(named_sharding(lies.mesh, axes) for axes in both_axes)
+        mesh: Any = lies.mesh
+        place = tuple(named_sharding(mesh, axes) for axes in both_axes)
     a, b = jax.jit(
         lambda key: (_init_a(key, shapes[0], jnp.float32), jnp.zeros(shapes[1], jnp.float32)),
         out_shardings=place,
