@@ -69,8 +69,12 @@ def _plan_slice(
     def plan(config: RunConfig) -> Plan:
         mesh = compose.meshes(config, where.devices)["student"]
         shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        with console.status(f"compiling for {where.name}, {shape}, batch {config.data.batch_size}"):
-            return planning.make_plan(config, made_of, mesh, where)
+        title = f"{where.name}, {shape}, batch {config.data.batch_size}"
+        with console.status(f"compiling for {title}"):
+            found = planning.make_plan(config, made_of, mesh, where)
+        if args.largest or args.sweep:
+            say(f"{title}: {'fits' if found.fits else 'does not fit'}")
+        return found
 
     mesh = compose.meshes(config, where.devices)["student"]
     if args.sweep:

@@ -40,7 +40,11 @@ def lines(plan: Plan) -> list[str]:
         + ("fits" if plan.fits else "DOES NOT FIT"),
     ]
     if plan.estimate is None:
-        return [*found, f"compiled in {plan.compile_seconds:.1f} s, until there was no room"]
+        return [
+            *found,
+            f"the compiler gave up after {plan.compile_seconds:.1f} s: the chip keeps a little of "
+            "its memory for itself, and there is no room in the rest",
+        ]
     found.append("collectives in a step, on each chip:" + ("" if plan.collectives else " none"))
     for kind, traffic in plan.collectives.items():
         found.append(
