@@ -44,9 +44,27 @@ pack() { # DIRECTORY [PATH...]: DIRECTORY/uld_jax.tar.gz, what a machine needs o
       LICENSE README.md configs launch pyproject.toml uld_jax "${@:2}"
 }
 
-check_shipped() { # [PATH...]
+read_word() { # WORD: sets $action, then $name
+  case "$1" in
+    -*) fail "unknown flag $1 (flags are written --name=value); --help lists them" ;;
+  esac
+  if [ -z "$action" ]; then
+    action="$1"
+  elif [ -z "$name" ]; then
+    name="$1"
+  else
+    fail "unexpected argument $1: what follows -- goes to uld-jax"
+  fi
+}
+
+required() { # FLAG VALUE: dies unless what $action needs is there
+  [ -n "$2" ] || fail "$action needs $1; --help shows how"
+}
+
+check_files() { # SECRETS [PATH...]: a file of them or "", and what is shipped
   local path
-  for path in "$@"; do
+  [ -z "$1" ] || [ -f "$1" ] || fail "--secrets=$1: no such file"
+  for path in "${@:2}"; do
     [ -e "$ROOT/$path" ] || fail "--ship=$path: not in the repository, $ROOT"
   done
 }

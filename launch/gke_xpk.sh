@@ -54,23 +54,10 @@ read_arguments() {
       --workdir=*) workdir="${1#*=}" ;;
       --to=*) destination="${1#*=}" ;;
       --dry-run) dry_run=1 ;;
-      -*) fail "unknown flag $1 (flags are written --name=value); --help lists them" ;;
-      *)
-        if [ -z "$action" ]; then
-          action="$1"
-        elif [ -z "$name" ]; then
-          name="$1"
-        else
-          fail "unexpected argument $1: what follows -- goes to uld-jax"
-        fi
-        ;;
+      *) read_word "$1" ;;
     esac
     shift
   done
-}
-
-required() { # FLAG VALUE
-  [ -n "$2" ] || fail "$action needs $1; --help shows how"
 }
 
 check_arguments() {
@@ -94,10 +81,7 @@ check_arguments() {
   if [ "$action" = run ]; then
     check_command ${command[@]+"${command[@]}"}
   fi
-  if [ -n "$secrets" ]; then
-    [ -f "$secrets" ] || fail "--secrets=$secrets: no such file"
-  fi
-  check_shipped ${ship[@]+"${ship[@]}"}
+  check_files "$secrets" ${ship[@]+"${ship[@]}"}
 }
 
 xpk_here() { # COMMAND...: with the cluster's place
