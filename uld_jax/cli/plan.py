@@ -1,14 +1,13 @@
 """`uld-jax plan`: whether a run's train step fits a TPU slice, before there is one."""
 
 import argparse
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from uld_jax import plan as planning
+from uld_jax.benchmark.timing import without_compilation_cache
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, say
 from uld_jax.config import RunConfig, streaming_devices
@@ -34,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     if args.platform == "cuda":
         report = _lower_for_cuda(args)
     else:
-        with _no_compilation_cache():
+        # The time a compilation takes is not that of reading an earlier one.
+        with without_compilation_cache():
             report = _plan_slices(args)
     if args.json:
         write_json(Path(args.json), report)
@@ -112,14 +112,3 @@ def _lower_for_cuda(args: argparse.Namespace) -> dict[str, Any]:
         + ", ".join(f"{kind} {planning.size(size)}" for kind, size in report["bytes"].items())
     )
     return report
-
-
-@contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
-    """So that the time a compilation takes is not that of reading an earlier one."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
