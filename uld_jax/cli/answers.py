@@ -1,11 +1,12 @@
 """The teacher answers a split, shard by shard, into a directory that survives kills."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from uld_jax import models
 from uld_jax.cli import compose
@@ -13,27 +14,11 @@ from uld_jax.cli.compose import progress_bar, say
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example
 from uld_jax.data.shards import MANIFEST, SETTINGS
-from uld_jax.processes import wait_for_all
+from uld_jax.processes import is_first, wait_for_all
 from uld_jax.teacher import Answerer, Recipe, answer_provenance
 
 # Seconds between looks at what other processes have written.
 POLL = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Which of several processes this one is.
-
-    Attributes:
-        index: Counted from 0; the first one claims the directory and finishes it.
-        count: Processes.
-        apart: Shards go round them, each having a teacher of its own; else all answer every
-            shard together, with one teacher on all their devices, and the first one writes.
-    """
-
-    index: int = 0
-    count: int = 1
-    apart: bool = True
 
 
 def answer_split(
@@ -46,7 +31,7 @@ def answer_split(
     split: str,
     samples: int,
     title: str,
-    part: Part = Part(),
+    apart: bool = False,
 ) -> AnswerWriter:
     """Writes the shards that are missing, with a progress bar.
 
@@ -59,7 +44,9 @@ def answer_split(
         split: The name of their split.
         samples: Answers to each question.
         title: Of the progress bar.
-        part: Of several processes.
+        apart: Of several processes each has a teacher of its own, and shards go round them; else
+            all answer every shard together, with one teacher on all their devices, and the first
+            one writes.
 
     Returns:
         The writer; in the first process no shard is missing, and it is to finish.
@@ -71,7 +58,7 @@ def answer_split(
     recipe = _recipe(config, samples)
     answerer = Answerer(teacher, side, recipe, pool=pool, seed=config.data.seed)
     provenance = answer_provenance(config, teacher, side, examples, pool)
-    if part.index:
+    if not is_first():
         _wait_for(lambda: any((directory / name).is_file() for name in (SETTINGS, MANIFEST)))
     writer = AnswerWriter(
         directory,
@@ -81,25 +68,22 @@ def answer_split(
         samples=samples,
         shard_size=config.generate.shard_size,
     )
-    if not part.apart:
+    rank, count = jax.process_index(), jax.process_count()
+    if not apart:
         wait_for_all("answers")  # else one might see a shard that another has just written
-    mine = [
-        shard
-        for shard in writer.missing_shards()
-        if not part.apart or shard % part.count == part.index
-    ]
+    mine = [s for s in writer.missing_shards() if not apart or s % count == rank]
     total = samples * sum(len(writer.examples_of(shard)) for shard in mine)
     tokens, began = 0, time.monotonic()
     with progress_bar(title, total) as progress:
         for shard in mine:
             answers = answerer.answer(writer.examples_of(shard), progress)
-            if part.apart or part.index == 0:
+            if apart or is_first():
                 writer.write_shard(shard, answers)
             tokens += sum(answer.tokens for answer in answers)
     seconds = time.monotonic() - began
     if mine:
         say(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
-    if part.index == 0:
+    if is_first():
         _wait_for(lambda: not writer.missing_shards())
     return writer
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 
 from uld_jax.cli import compose
-from uld_jax.cli.answers import Part, answer_split, dropped_message, wait_until_finished
+from uld_jax.cli.answers import answer_split, dropped_message, wait_until_finished
 from uld_jax.cli.compose import say
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
 from uld_jax.errors import UserError
 from uld_jax.files import write_text
+from uld_jax.processes import is_first
 from uld_jax.sharding import make_mesh
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if as_lines and output.exists():
         if not directory.is_dir():
             raise UserError(f"--output={output}: exists; choose another file")
-        if jax.process_index() == 0:
+        if is_first():
             shutil.rmtree(directory)  # killed after its last step but one
         say(f"answers: {output}")
         return
@@ -56,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
         split=split,
         samples=config.generate.samples,
         title="the teacher answers",
-        part=Part(jax.process_index(), jax.process_count()),
+        apart=True,
     )
-    if jax.process_index():
+    if not is_first():
         wait_until_finished(writer, directory)
         return
     counts = _finish(config, writer, directory)

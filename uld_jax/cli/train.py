@@ -12,7 +12,7 @@ import jax
 
 from uld_jax import models
 from uld_jax.cli import compose
-from uld_jax.cli.answers import Part, answer_split
+from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
 from uld_jax.cli.teachers import (
     Teacher,
@@ -163,7 +163,6 @@ def _ask(job: Job, shards: Path) -> dict[str, str]:
         split="train",
         samples=1,
         title="the teacher answers the training questions",
-        part=Part(jax.process_index(), jax.process_count(), apart=False),
     )
     if is_first():
         writer.finish()
