@@ -333,6 +333,9 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
         UserError: The directory exists and is not empty, or the disk does not take the files.
     """
     target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty directory; choose another")
+    wait_for_all(f"place of {target.name}")  # so that nobody finds what the first one writes
     state = nnx.state(merged(m.model), nnx.Param)
     tensors = to_hf_tensors(m.config, state)
     if is_first():
@@ -344,8 +347,6 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
 def _write_pretrained(
     m: LoadedModel, tensors: dict[str, np.ndarray], dtype: str, target: Path
 ) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists and is not an empty directory; choose another")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
