@@ -14,7 +14,7 @@ from uld_jax import models
 from uld_jax.cli import compose, train
 from uld_jax.cli.main import main
 from uld_jax.testing import tiny_model, tiny_t5
-from uld_jax.train import TIMES
+from uld_jax.train import MEASURED
 
 STEPS = 8
 
@@ -25,7 +25,7 @@ def read(path):
 
 def rows(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from uld_jax.train import TIMES
+from uld_jax.train import MEASURED
 
 FLAGS = (
     "--config.train.on_policy_fraction=0.5",
@@ -17,7 +17,7 @@ FLAGS = (
 
 def rows_of(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")

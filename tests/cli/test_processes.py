@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from uld_jax.train import TIMES, read_metrics
+from uld_jax.train import MEASURED, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launch" / "local_multiprocess.py"
@@ -44,7 +44,7 @@ def run(processes, devices, *arguments, log):
 
 def rows_of(workdir):
     return [
-        {name: value for name, value in row.items() if name not in TIMES}
+        {name: value for name, value in row.items() if name not in MEASURED}
         for row in read_metrics(workdir)
     ]
 

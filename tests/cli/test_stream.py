@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from uld_jax.train import TIMES
+from uld_jax.train import MEASURED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -29,7 +29,7 @@ def rows_of(workdir):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 
 from uld_jax import models
 from uld_jax.testing import tiny_gemma, tiny_model
-from uld_jax.train import TIMES
+from uld_jax.train import MEASURED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 14
@@ -97,7 +97,7 @@ def last_step(workdir):
 
 def metrics(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def arrays(item):

@@ -15,7 +15,7 @@ from uld_jax.data import Example, Side, encode_pairs, make_loader
 from uld_jax.sharding import batch_shards, make_mesh, split_devices
 from uld_jax.teacher import StreamedTeacher, StreamOptions
 from uld_jax.testing import tiny_gemma, tiny_model, tiny_t5
-from uld_jax.train import TIMES, fit, param_shardings
+from uld_jax.train import MEASURED, fit, param_shardings
 
 EXAMPLES = [
     Example(str(n), "qa", f"Mill {n} grinds {what}.", f"What does mill {n} grind?", (what,), "")
@@ -90,7 +90,7 @@ class Setting:
 
 def rows_of(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def assert_close(found, expected):

@@ -28,7 +28,7 @@ def test_the_heartbeat_is_of_the_last_step(tmp_path):
 
 @pytest.mark.parametrize(("first", "steps", "ends"), [(2, 2, 5), (3, 9, 4)])
 def test_a_trace_of_chosen_steps(tmp_path, first, steps, ends):
-    tracer = Tracer(tmp_path / "profile", first=first, steps=steps)
+    tracer = Tracer(tmp_path / "profile", first, steps)
     for step in range(1, ends + 1):
         tracer.before(step)
         result = jnp.ones(8) + step
@@ -38,7 +38,7 @@ def test_a_trace_of_chosen_steps(tmp_path, first, steps, ends):
 
 
 def test_no_trace(tmp_path):
-    tracer = Tracer(tmp_path / "profile", first=0, steps=3)
+    tracer = Tracer(tmp_path / "profile", 0, 3)
     tracer.before(1)
     tracer.after(1, None, last=True)
     assert not (tmp_path / "profile").exists()

@@ -2,7 +2,7 @@
 
 from uld_jax.train.checkpoint import Checkpoints, restore_params
 from uld_jax.train.loop import fit, to_mesh
-from uld_jax.train.metrics import TIMES, MetricsWriter, read_metrics
+from uld_jax.train.metrics import MEASURED, MetricsWriter, read_metrics
 from uld_jax.train.on_policy import OnPolicy
 from uld_jax.train.optimizer import make_optimizer, make_schedule
 from uld_jax.train.program import Program, adapt, make_program
@@ -10,7 +10,7 @@ from uld_jax.train.state import TrainState, init_state, param_shardings, state_s
 from uld_jax.train.step import StepTeacher, gradients, train_step
 
 __all__ = [
-    "TIMES",
+    "MEASURED",
     "Checkpoints",
     "MetricsWriter",
     "OnPolicy",

@@ -76,8 +76,7 @@ def fit(
         state = _start(checkpoints, iterator, program, params)
         run = _Run(program, make_schedule(config.optimizer, steps), mesh, config)
         clock, first = run.clock, int(state.step)
-        traced = config.train.profile_from, config.train.profile_steps
-        tracer = Tracer(workdir / "profile", first=traced[0], steps=traced[1])
+        tracer = Tracer(workdir / "profile", config.train.profile_from, config.train.profile_steps)
         feed = Feed(iterator, streams, steps - first)
         reporter = Reporter(workdir, first=first, steps=steps, progress=progress)
         with reporter, stop_requests() as stop_requested:

@@ -17,8 +17,8 @@ from tensorboardX.proto.summary_pb2 import (
 
 from uld_jax.files import write_text
 
-# What two equal runs do not have in common.
-TIMES = (
+# Of the machine, not of the run: two equal runs do not have these in common.
+MEASURED = (
     "seconds",
     "input_seconds",
     "host_seconds",

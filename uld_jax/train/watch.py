@@ -81,12 +81,12 @@ class Tracer:
         steps: How many.
 
     Example:
-        >>> tracer = Tracer(Path("/nowhere"), first=0, steps=1)
+        >>> tracer = Tracer(Path("/nowhere"), 0, 1)
         >>> tracer.before(1)
         >>> tracer.after(1, None)
     """
 
-    def __init__(self, directory: Path, *, first: int, steps: int) -> None:
+    def __init__(self, directory: Path, first: int, steps: int) -> None:
         self._directory, self._first, self._last = directory, first, first + steps - 1
         self._running = False
 
