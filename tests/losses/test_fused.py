@@ -398,7 +398,7 @@ def test_real_sizes_need_a_tenth_of_the_memory_of_whole_logits(method):
         return program.memory_analysis().temp_size_in_bytes
 
     once, twice = temporary_bytes(2048), temporary_bytes(4096)
-    # Without chunks it is 7.5 GB: at the least the logits of both sides and one gradient.
+    # Without chunks there are at the least the logits of both sides and one gradient: 2.95 GB.
     assert once <= 4 * 2048 * (2 * vocab + teacher_vocab) / 10
     assert abs(twice - once) <= 0.05 * once
 
