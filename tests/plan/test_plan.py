@@ -93,6 +93,14 @@ def planned(root):
             f"--json={root / 'large.json'}",
             f"--config.student.source={root / 'large'}",
         ],
+        "answers": [
+            *plan,
+            "--topology=v5e:2x2",
+            "--program=answers",
+            f"--json={root / 'answers.json'}",
+        ],
+        "cache": [*plan, "--topology=v5e:2x2", "--program=cache", f"--json={root / 'cache.json'}"],
+        "hosts": [*plan, "--topology=v5e:4x4", "--program=cache"],
         "shape": [*plan, "--topology=v5e:3x3"],
         "mesh": [*plan, "--topology=v5e:2x2", "--config.mesh.tensor=3"],
     }
@@ -137,7 +145,7 @@ def test_what_the_compiler_says(root, planned):
     assert estimate["compute"] == pytest.approx(flops / 197e12)
     assert plan["intensity"] == pytest.approx(flops / plan["moved_bytes"])
     tokens = 8 * 128 / estimate["step"] / 4
-    assert estimate["student_tokens_per_second_per_chip"] == pytest.approx(tokens)
+    assert estimate["tokens_per_second_per_chip"] == pytest.approx(tokens)
 
 
 def test_the_text_has_the_numbers_of_the_json(root, planned):
@@ -175,7 +183,50 @@ def test_a_tpu_mesh_gets_a_tpu_program(planned):
     assert planned["attention"] == [["tpu", "splash"], ["cpu", "xla"]]
 
 
-@pytest.mark.parametrize(("name", "expected"), [("shape", "v5e:3x3"), ("mesh", "mesh: expected")])
+def teacher_bytes():
+    """On each of four chips, without norms."""
+    return (TEACHER.vocab_size * TEACHER.width + 3 * layer_parameters(TEACHER)) * 2 / 4
+
+
+def test_the_teachers_answers_are_planned(root, planned):
+    assert planned["answers"]["status"] == 0, planned["answers"]["err"]
+    prompts, token = plans(root, "answers")
+    for plan in (prompts, token):
+        assert plan["fits"]
+        assert plan["bytes"]["teacher parameters"] == pytest.approx(teacher_bytes(), rel=0.02)
+        assert plan["model_flops"]["student"] == 0
+        assert f"{plan['program']} on v5e:2x2, data 1 x fsdp 2" in planned["answers"]["out"]
+    # 128 slots for the prompt and 15 for the answer of 8 rows a chip, keys and values in f32.
+    slots = 128 - 1 + 1 + 15
+    cache = 2 * 3 * 8 * slots * TEACHER.kv_heads / 2 * TEACHER.head_dim * 4
+    assert token["bytes"]["rows and their cache"] == pytest.approx(cache, rel=0.02)
+    # Reading 128 tokens of each row against writing one.
+    ratio = prompts["model_flops"]["teacher"] / token["model_flops"]["teacher"]
+    assert 64 < ratio < 128
+    assert token["endless_loops"] == 1  # whose body is a token
+
+
+def test_a_cache_of_signals_is_planned(root, planned):
+    assert planned["cache"]["status"] == 0, planned["cache"]["err"]
+    reading, probabilities = plans(root, "cache")
+    for plan in (reading, probabilities):
+        assert plan["fits"]
+        assert plan["bytes"]["teacher parameters"] == pytest.approx(teacher_bytes(), rel=0.02)
+    assert reading["bytes"]["batch"] == 2 * 8 * 128 * 4
+    # Hidden states of 8 rows a chip, f32, and where its 8 answers of 16 tokens stand.
+    assert probabilities["bytes"]["batch"] == 8 * 128 * TEACHER.width * 4 + 128 * 4
+    head = 2 * TEACHER.width * TEACHER.vocab_size
+    assert probabilities["model_flops"]["teacher"] == 2 * 128 * head / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shape", "v5e:3x3"),
+        ("mesh", "mesh: expected"),
+        ("hosts", "give the slice of one host, such as v5e:2x2"),
+    ],
+)
 def test_a_bad_slice_or_mesh_is_one_clear_error(planned, name, expected):
     result = planned[name]
     assert result["status"] == 2
@@ -226,6 +277,7 @@ def test_a_missing_config_json_is_one_line(uld, tmp_path):
         (["--topology=v5e:2x2", "--largest", "--sweep"], "expected one of them"),
         (["--topology=4", "--platform=cuda", "--sweep"], "expected --platform=tpu"),
         (["--topology=v5e:2x2", "--platform=cuda"], "expected a number of GPUs"),
+        (["--topology=v5e:2x2", "--program=cache", "--sweep"], "are for the train step"),
     ],
 )
 def test_flags_that_contradict_each_other_are_one_line(uld, arguments, expected):

@@ -29,12 +29,13 @@ class Machine:
         fits = on_chip <= self.rows
         seconds = batch / mesh["data"]
         return Plan(
+            program="train step",
             topology="v5e:2x2",
             chips=4,
             mesh=mesh,
             batch_size=batch,
             micro_batches=1,
-            student_length=128,
+            row_length=128,
             answer_positions=64,
             bytes={
                 "student parameters": 1.0,
@@ -52,7 +53,7 @@ class Machine:
             moved_bytes=1.0,
             intensity=1.0,
             compile_seconds=1.0,
-            estimate={"step": seconds, "student_tokens_per_second_per_chip": 32 / seconds}
+            estimate={"step": seconds, "tokens_per_second_per_chip": 32 / seconds}
             if fits
             else None,
         )

@@ -23,7 +23,7 @@ COMMANDS = {
     "cache": "store what the teacher says of the training answers; again: continue",
     "evaluate": "score a model's answers to held-out questions",
     "export": "write a run's student as a Hugging Face directory",
-    "plan": "compile a run's train step for TPUs that are not there: does it fit, how fast is it",
+    "plan": "compile a run's programs for TPUs that are not there: do they fit, how fast are they",
 }
 EPILOG = """\
 Any field of the config can be set after it: --config.data.batch_size=16 --config.train.epochs=3.
@@ -118,6 +118,12 @@ def _add_plan_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--platform", choices=("tpu", "cuda"), default="tpu", help="for CUDA it is lowered only"
+    )
+    command.add_argument(
+        "--program",
+        choices=("train", "answers", "cache"),
+        default="train",
+        help="the train step; the teacher's answers; its signals for a cache, on one host's slice",
     )
     command.add_argument("--largest", action="store_true", help="find the largest batch that fits")
     command.add_argument("--sweep", action="store_true", help="rank all meshes of the chips")

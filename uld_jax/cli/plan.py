@@ -1,4 +1,4 @@
-"""`uld-jax plan`: whether a run's train step fits a TPU slice, before there is one."""
+"""`uld-jax plan`: whether a run's programs fit a TPU slice, before there is one."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ from uld_jax.sharding import batch_shards
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compiles the step for each slice and prints what the compiler knows of it.
+    """Compiles the programs for each slice and prints what the compiler knows of them.
 
     Args:
         args: Parsed flags.
@@ -28,6 +28,11 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.largest and args.sweep:
         raise UserError("--largest and --sweep: expected one of them, got both")
+    if args.program != "train" and (args.largest or args.sweep or args.platform != "tpu"):
+        raise UserError(
+            f"--program={args.program}: --largest, --sweep and --platform=cuda are for the train "
+            "step; leave them out"
+        )
     # A TPU or GPU that is there is left to those who compute.
     jax.config.update("jax_platforms", "cpu")
     if args.platform == "cuda":
@@ -66,30 +71,41 @@ def _plan_slice(
 ) -> tuple[list[Plan], list[str]]:
     """The plans of one slice, and what was left out."""
 
-    def plan(config: RunConfig) -> Plan:
+    def plans(config: RunConfig) -> list[Plan]:
         mesh = compose.meshes(config, where.devices)["student"]
+        job = planning.JOBS[args.program](config, made_of, mesh)
         shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        title = f"{where.name}, {shape}, batch {config.data.batch_size}"
+        title = f"{where.name}, {shape}, batch {job.batch_size}"
         with console.status(f"compiling for {title}"):
-            found = planning.make_plan(config, made_of, mesh, where)
+            found = planning.make_plans(job, mesh, where)
         if args.largest or args.sweep:
-            say(f"{title}: {'fits' if found.fits else 'does not fit'}")
+            say(f"{title}: {'fits' if found[-1].fits else 'does not fit'}")
         return found
 
+    def plan(config: RunConfig) -> Plan:
+        [found] = plans(config)
+        return found
+
+    if args.program == "cache" and where.hosts > 1:
+        raise UserError(
+            f"--topology={where.name}: for a cache each host has a teacher of its own; give the "
+            "slice of one host, such as v5e:2x2"
+        )
     mesh = compose.meshes(config, where.devices)["student"]
     if args.sweep:
         return planning.sweep(config, [*made_of.values()], mesh.size, plan)
     if not args.largest:
-        found = plan(config)
-        say("\n".join(planning.lines(found)))
-        return [found], []
-    plans = planning.largest_batch(config, config.train.accumulation * batch_shards(mesh), plan)
-    fitting = [found for found in plans if found.fits]
+        found = plans(config)
+        for each in found:
+            say("\n".join(planning.lines(each)))
+        return found, []
+    tried = planning.largest_batch(config, config.train.accumulation * batch_shards(mesh), plan)
+    fitting = [found for found in tried if found.fits]
     if fitting:
         say("\n".join(["the largest batch that fits:", *planning.lines(fitting[-1])]))
     else:
-        say(f"{where.name}: no batch fits, not even of {plans[0].batch_size}")
-    return plans, []
+        say(f"{where.name}: no batch fits, not even of {tried[0].batch_size}")
+    return tried, []
 
 
 def _lower_for_cuda(args: argparse.Namespace) -> dict[str, Any]:

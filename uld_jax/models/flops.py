@@ -11,6 +11,7 @@ def forward_flops(
     length: int,
     encoder_length: int = 0,
     positions: int = 0,
+    context: int = 0,
 ) -> int:
     """Floating-point operations of a forward pass over padded rows.
 
@@ -24,6 +25,7 @@ def forward_flops(
         length: Tokens of each (of an encoder-decoder: of its decoder).
         encoder_length: Tokens of each in the encoder.
         positions: Hidden states in all that are multiplied with the head.
+        context: Tokens of each row that were read before, whose keys are in a cache.
 
     Returns:
         Additions and multiplications, each counted as one.
@@ -42,7 +44,7 @@ def forward_flops(
         projections = 2 if config.embed_width else 0  # into the residual width, and out of it
         around = 2 * projections * config.embed_width * config.width * rows * length
         head *= config.embed_width or config.width
-        return head + around + _stack(config, rows, length)
+        return head + around + _stack(config, rows, length, context)
     across = (
         # Queries and outputs of decoder tokens, keys and values of the encoder's.
         2 * 2 * config.width * config.heads * config.head_dim * (length + encoder_length)
@@ -51,13 +53,13 @@ def forward_flops(
     return (
         head * config.width
         + _stack(config.encoder, rows, encoder_length)
-        + _stack(config.decoder, rows, length)
+        + _stack(config.decoder, rows, length, context)
         + config.decoder_layers * rows * across
     )
 
 
-def _stack(config: DecoderConfig, rows: int, length: int) -> int:
+def _stack(config: DecoderConfig, rows: int, length: int, context: int = 0) -> int:
     attention = 2 * config.width * (config.query_width + config.kv_width)
     mlp = (3 if config.gated else 2) * config.width * config.mlp_width
-    per_row = 2 * (attention + mlp) * length + 4 * config.query_width * length**2
+    per_row = 2 * (attention + mlp) * length + 4 * config.query_width * length * (context + length)
     return config.layers * rows * per_row

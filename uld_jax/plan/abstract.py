@@ -53,10 +53,10 @@ class AbstractStep(NamedTuple):
             Kind to bytes.
         """
         return {
-            "student parameters": _bytes((self.state.params, self.frozen)),
-            "teacher parameters": _bytes(self.teachers),
-            "optimizer state": _bytes((self.state.opt_state, self.state.step, self.state.key)),
-            "batch": _bytes(self.batch),
+            "student parameters": bytes_of((self.state.params, self.frozen)),
+            "teacher parameters": bytes_of(self.teachers),
+            "optimizer state": bytes_of((self.state.opt_state, self.state.step, self.state.key)),
+            "batch": bytes_of(self.batch),
         }
 
 
@@ -100,15 +100,15 @@ def abstract_step(
         >>> step.batch.student_tokens.shape
         (1, 8, 1024)
     """
-    student = _abstract_model(config.student, made_of["student"])
+    student = abstract_model(config.student, made_of["student"])
     student = nnx.eval_shape(functools.partial(_adapted, config=config), student)
     teachers = [
-        _abstract_model(group, made_of[path]) if group.mode == "online" else None
+        abstract_model(group, made_of[path]) if group.mode == "online" else None
         for path, group in config.teacher_groups().items()
     ]
     on_mesh: Any = mesh
     program, params = make_program(student, teachers, config, steps=STEPS, mesh=on_mesh)
-    place = functools.partial(_placed, mesh=on_mesh)
+    place = functools.partial(placed, mesh=on_mesh)
     return AbstractStep(
         program,
         _shapes(jax.eval_shape(program.fresh, params), program.shardings),
@@ -144,14 +144,14 @@ def abstract_batch(
         return jax.ShapeDtypeStruct((parts, *shape), dtype, sharding=sharding)
 
     def positions(*shape: int, dtype: Any = jnp.float32) -> Any:
-        count = _round_up(rows // groups * answer)
+        count = round_up(rows // groups * answer)
         return array(groups, count, *shape, dtype=dtype)
 
     def tokens(prefix: str, path: str, group: BaseModelConfig) -> dict[str, Any]:
         encoder = isinstance(made_of[path], EncoderDecoderConfig)
         lengths = {prefix: answer, f"{prefix}encoder_": group.max_length - answer}
         return {
-            name + part: array(rows, _round_up(length))
+            name + part: array(rows, round_up(length))
             for name, length in (lengths if encoder else {prefix: group.max_length}).items()
             for part in ("tokens", "segment_ids")
         }
@@ -201,7 +201,8 @@ def abstract_mesh(config: RunConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=auto)
 
 
-def _abstract_model(group: BaseModelConfig, made_of: ModelConfig) -> models.Decoder:
+def abstract_model(group: BaseModelConfig, made_of: ModelConfig) -> models.Decoder:
+    """A model without weights, as a run's config has it computed and quantised."""
     policy = Policy(dtype=group.dtype, remat=group.remat)
     config: Any = made_of
     model = models.abstract_decoder(config, policy, jnp.dtype(group.param_dtype))
@@ -220,7 +221,8 @@ def _adapted(model: models.Decoder, *, config: RunConfig) -> models.Decoder:
     return model
 
 
-def _placed(params: nnx.State, *, mesh: Mesh) -> nnx.State:
+def placed(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """Shapes that say where parameters lie on a mesh."""
     return _shapes(params, param_shardings(params, mesh))
 
 
@@ -230,8 +232,8 @@ def _shapes(tree: Any, shardings: Any) -> Any:
     )
 
 
-def _bytes(tree: Any) -> float:
-    """On one device."""
+def bytes_of(tree: Any) -> float:
+    """What arrays that say where they lie take on one device."""
     total = 0.0
     for leaf in jax.tree.leaves(tree):
         bits = 4 if leaf.dtype.name == "int4" else 8 * leaf.dtype.itemsize
@@ -239,5 +241,6 @@ def _bytes(tree: Any) -> float:
     return total
 
 
-def _round_up(size: int) -> int:
-    return -(-size // MULTIPLE) * MULTIPLE
+def round_up(size: int, multiple: int = MULTIPLE) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Compiles a train step for chips that are not there, and says what the compiler knows of it."""
+"""Compiles a program for chips that are not there, and says what the compiler knows of it."""
 
 import dataclasses
 import re
@@ -9,9 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from uld_jax.config import RunConfig
-from uld_jax.plan.abstract import AbstractStep, ModelConfig, abstract_step
 from uld_jax.plan.hlo import Program
+from uld_jax.plan.jobs import Job
 from uld_jax.plan.topology import Chip, Slice
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -19,15 +18,16 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a train step on a slice before it has run; bytes and FLOPs are a chip's.
+    """What is known of a program on a slice before it has run; bytes and FLOPs are a chip's.
 
     Attributes:
+        program: Its name.
         topology: The slice.
         chips: Of it.
-        mesh: Devices along each axis of the student's mesh.
-        batch_size: Examples of a step.
-        micro_batches: Parts that it is read in.
-        student_length: Tokens of a student's row, padded, encoder and decoder together.
+        mesh: Devices along each axis.
+        batch_size: Rows of all chips.
+        micro_batches: Parts that they are read in.
+        row_length: Tokens of a row, padded, encoder and decoder together.
         answer_positions: Of a batch, padded.
         bytes: By kind: what it is given, and where it has compiled temporaries, padding (of the
             arguments' tiles), results (that take no argument's place) and program.
@@ -42,15 +42,16 @@ class Plan:
         intensity: model_flops / moved_bytes.
         compile_seconds: Tracing left out.
         estimate: Seconds at the published rates, each alone (compute, memory, network); step, the
-            largest of them; student tokens a second and chip. None where it has not compiled.
+            largest of them; tokens, padded, a second and chip. None where it has not compiled.
     """
 
+    program: str
     topology: str
     chips: int
     mesh: Mapping[str, int]
     batch_size: int
     micro_batches: int
-    student_length: int
+    row_length: int
     answer_positions: int
     bytes: Mapping[str, float]
     total_bytes: float
@@ -66,49 +67,56 @@ class Plan:
     estimate: Mapping[str, float] | None
 
 
-def make_plan(
-    config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh, where: Slice
-) -> Plan:
-    """Compiles one train step; takes minutes for a large model, and no accelerator.
+def make_plans(job: Job, mesh: Mesh, where: Slice) -> list[Plan]:
+    """Compiles a program, and those that follow from it while there is room for each.
+
+    It takes minutes for large models, and no accelerator.
 
     Args:
-        config: The run.
-        made_of: Its models, from `read_configs`.
-        mesh: The student's, of the slice's devices.
+        job: The program.
+        mesh: Of the slice's devices.
         where: The slice.
 
     Returns:
-        The plan, of a step that fits or does not.
-
-    Raises:
-        UserError: A mesh axis does not divide an array axis.
+        A plan for each.
     """
-    step = abstract_step(config, made_of, mesh)
+    plans, following = [], job
+    while following is not None:
+        plan, compiled = _compile(following, mesh, where)
+        plans.append(plan)
+        follows = following.then if compiled is not None else None
+        following = None if follows is None else follows(compiled)
+    return plans
+
+
+def _compile(job: Job, mesh: Mesh, where: Slice) -> tuple[Plan, Any]:
     with jax.set_mesh(mesh):
-        lowered = step.program.step.lower(*step.arguments)
+        lowered = job.lower()
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled, message = lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         compiled, message = None, str(error)
     seconds = time.perf_counter() - start
     chips = mesh.devices.size
-    known = _sizes(step, config) | {
+    known = {
+        "program": job.program,
         "topology": where.name,
         "chips": chips,
         "mesh": dict(mesh.shape),
+        "batch_size": job.batch_size,
+        "micro_batches": job.micro_batches,
+        "row_length": job.row_length,
+        "answer_positions": job.answer_positions,
         "memory_bytes": where.chip.memory,
-        "model_flops": {
-            name: flops / chips for name, flops in step.program.cost(step.batch)._asdict().items()
-        },
+        "model_flops": {name: flops / chips for name, flops in job.model_flops.items()},
         "compile_seconds": seconds,
     }
-    kinds = step.bytes_per_device()
     if compiled is None:
-        return Plan(**known, **_refused(kinds, message))
-    return Plan(**known, **_compiled(compiled, kinds, known, where.chip, config))
+        return Plan(**known, **_refused(job.bytes, message)), None
+    return Plan(**known, **_compiled(compiled, job, chips, where.chip)), compiled
 
 
 def temporaries_asked_for(message: str, arguments: float) -> float:
@@ -134,18 +142,6 @@ def temporaries_asked_for(message: str, arguments: float) -> float:
     return max(float(found[1]) * _UNITS[found[2]] - arguments, 0.0) if found else 0.0
 
 
-def _sizes(step: AbstractStep, config: RunConfig) -> dict[str, Any]:
-    batch = step.batch
-    encoder = batch.student_encoder_tokens
-    return {
-        "batch_size": config.data.batch_size,
-        "micro_batches": config.train.accumulation,
-        "student_length": batch.student_tokens.shape[-1]
-        + (0 if encoder is None else encoder.shape[-1]),
-        "answer_positions": batch.targets.size,
-    }
-
-
 def _refused(kinds: Mapping[str, float], message: str) -> dict[str, Any]:
     """Of a program that has not compiled."""
     arguments = sum(kinds.values())
@@ -163,17 +159,11 @@ def _refused(kinds: Mapping[str, float], message: str) -> dict[str, Any]:
     }
 
 
-def _compiled(
-    compiled: Any,
-    kinds: Mapping[str, float],
-    known: Mapping[str, Any],
-    chip: Chip,
-    config: RunConfig,
-) -> dict[str, Any]:
+def _compiled(compiled: Any, job: Job, chips: int, chip: Chip) -> dict[str, Any]:
     """Of one that has."""
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
-    padding = memory.argument_size_in_bytes - sum(kinds.values())
-    kinds = dict(kinds) | {
+    padding = memory.argument_size_in_bytes - sum(job.bytes.values())
+    kinds = dict(job.bytes) | {
         "padding": max(padding, 0.0),
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -181,16 +171,14 @@ def _compiled(
     }
     collectives = program.collectives()
     moved = program.memory_bytes()
-    flops = known["model_flops"]
-    # What is computed again for the backward pass is work, if not the model's.
-    again = flops["student"] / 3 if config.student.remat == "full" else 0.0
+    flops = sum(job.model_flops.values())
     times = {
-        "compute": (sum(flops.values()) + again) / chip.flops,
+        # What is computed again for a backward pass is work, if not the model's.
+        "compute": (flops + job.again) / chips / chip.flops,
         "memory": moved / chip.memory_bandwidth,
         "network": sum(kind.sent for kind in collectives.values()) / chip.network_bandwidth,
     }
     step = max(times.values())
-    tokens = known["batch_size"] * known["student_length"]
     total = sum(kinds.values())
     return {
         "bytes": kinds,
@@ -200,10 +188,6 @@ def _compiled(
         "endless_loops": program.endless,
         "compiler_flops": compiled.cost_analysis()["flops"],
         "moved_bytes": moved,
-        "intensity": sum(flops.values()) / moved,
-        "estimate": times
-        | {
-            "step": step,
-            "student_tokens_per_second_per_chip": tokens / step / known["chips"],
-        },
+        "intensity": flops / chips / moved,
+        "estimate": times | {"step": step, "tokens_per_second_per_chip": job.tokens / step / chips},
     }

@@ -6,7 +6,17 @@ from typing import Any
 
 from uld_jax.plan.measure import Plan
 
-ROW = ("topology", "mesh", "batch", "parameters", "optimizer", "temporaries", "total", "HBM")
+ROW = (
+    "program",
+    "topology",
+    "mesh",
+    "batch",
+    "parameters",
+    "optimizer",
+    "temporaries",
+    "total",
+    "HBM",
+)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -31,9 +41,9 @@ def lines(plan: Plan) -> list[str]:
         Lines of text.
     """
     found = [
-        f"{plan.topology}, {mesh_name(plan)}: batch {plan.batch_size} in {plan.micro_batches} "
-        f"micro-batches, rows of {plan.student_length} tokens, {plan.answer_positions} answer "
-        "positions",
+        f"{plan.program} on {plan.topology}, {mesh_name(plan)}: batch {plan.batch_size} in "
+        f"{plan.micro_batches} micro-batches, rows of {plan.row_length} tokens, "
+        f"{plan.answer_positions} answer positions",
         "bytes on each chip:",
         *(f"  {kind:<20}{size(number):>12}" for kind, number in plan.bytes.items() if number),
         f"  {'total':<20}{size(plan.total_bytes):>12} of {size(plan.memory_bytes)}: "
@@ -45,7 +55,7 @@ def lines(plan: Plan) -> list[str]:
             f"the compiler gave up after {plan.compile_seconds:.1f} s: the chip keeps a little of "
             "its memory for itself, and there is no room in the rest",
         ]
-    found.append("collectives in a step, on each chip:" + ("" if plan.collectives else " none"))
+    found.append("collectives, on each chip:" + ("" if plan.collectives else " none"))
     for kind, traffic in plan.collectives.items():
         found.append(
             f"  {kind:<20}{traffic['count']:>8,}{size(traffic['bytes']):>12}"
@@ -63,8 +73,7 @@ def lines(plan: Plan) -> list[str]:
         "FLOPs a byte",
         f"ESTIMATE from published peak rates, perfectly overlapped: step {times['step']:.4g} s "
         f"(compute {times['compute']:.4g}, memory {times['memory']:.4g}, network "
-        f"{times['network']:.4g}), {times['student_tokens_per_second_per_chip']:,.0f} student "
-        "tokens/s/chip",
+        f"{times['network']:.4g}), {times['tokens_per_second_per_chip']:,.0f} tokens/s/chip",
         f"compiled in {plan.compile_seconds:.1f} s",
     ]
 
@@ -88,20 +97,21 @@ def table(plans: Sequence[Plan]) -> list[str]:
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
-    parameters = plan.bytes["student parameters"] + plan.bytes["teacher parameters"]
+    parameters = sum(size for kind, size in plan.bytes.items() if kind.endswith(" parameters"))
     times = plan.estimate
     return (
+        plan.program,
         plan.topology,
         mesh_name(plan),
         str(plan.batch_size),
         size(parameters),
-        size(plan.bytes["optimizer state"]),
+        size(plan.bytes.get("optimizer state", 0)),
         size(plan.bytes["temporaries"]),
         size(plan.total_bytes),
         size(plan.memory_bytes),
         "yes" if plan.fits else "no",
         f"{times['step']:.4g} s" if times else "",
-        f"{times['student_tokens_per_second_per_chip']:,.0f}" if times else "",
+        f"{times['tokens_per_second_per_chip']:,.0f}" if times else "",
         f"{plan.compile_seconds:.1f} s",
     )
 

@@ -1,7 +1,7 @@
 """What the teacher gives: answers to train on, and signals from a server or devices of its own."""
 
 from uld_jax.teacher.answer_provenance import answer_provenance
-from uld_jax.teacher.build_cache import SignalOptions, Work, write_signals
+from uld_jax.teacher.build_cache import SignalOptions, SignalReader, Work, write_signals
 from uld_jax.teacher.build_served import write_served_signals
 from uld_jax.teacher.completions import CompletionsClient, Server
 from uld_jax.teacher.echo import ServedSignal, ServedText
@@ -22,6 +22,7 @@ __all__ = [
     "Server",
     "ServerCheck",
     "SignalOptions",
+    "SignalReader",
     "StreamOptions",
     "StreamedTeacher",
     "TopProbabilities",

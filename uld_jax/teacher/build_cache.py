@@ -14,7 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uld_jax.data import Encoded, Signal, SignalWriter, truncate_signal
 from uld_jax.errors import UserError
-from uld_jax.models import LoadedModel
+from uld_jax.models import (
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    LoadedModel,
+)
 from uld_jax.sharding import BATCH_AXES, batch_shards, constrain
 from uld_jax.teacher.signals import TopProbabilities, top_probabilities
 
@@ -96,7 +102,7 @@ def write_signals(
     for shard in writer.missing_shards() if shards is None else shards:
         known = [(ids[i], texts[i]) for i in writer.examples_of(shard)]
         plans[shard] = [(id_, text) for id_, text in known if isinstance(text, Encoded)]
-    reader = _Reader(m, options, mesh)
+    reader = SignalReader(m.model, m.config, options, mesh)
     done: dict[str, Signal] = {}
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         for batch in _one_ahead(reader.start(plans)):
@@ -137,15 +143,28 @@ def _one_ahead(batches: Iterable[_Batch]) -> Iterator[_Batch]:
         yield waiting
 
 
-class _Reader:
-    """The teacher, compiled for a few padded sizes."""
+class SignalReader:
+    """A teacher, compiled for a few padded sizes: `hidden` reads texts, `top` gives probabilities.
 
-    def __init__(self, m: LoadedModel, options: SignalOptions, mesh: Mesh | None) -> None:
-        graph, self._state = nnx.split(m.model)
+    Args:
+        model: The teacher; its parameters may be shapes, for those who only compile.
+        config: Its own.
+        options: What is kept.
+        mesh: Where it lies; None for one device.
+    """
+
+    def __init__(
+        self,
+        model: Decoder | EncoderDecoder,
+        config: DecoderConfig | EncoderDecoderConfig,
+        options: SignalOptions,
+        mesh: Mesh | None,
+    ) -> None:
+        graph, self._state = nnx.split(model)
         self._mesh, self._chunk_size = mesh, options.chunk_size
         self._groups = 1 if mesh is None else batch_shards(mesh)
-        self._rows = _round_up(options.batch_size, self._groups)
-        self._most = m.config.max_positions or 2**31
+        self.rows = _round_up(options.batch_size, self._groups)
+        self._most = config.max_positions or 2**31
 
         def hidden(state: nnx.State, arrays: Mapping[str, jax.Array]) -> jax.Array:
             return nnx.merge(graph, state).hidden(**arrays)
@@ -158,46 +177,46 @@ class _Reader:
                 nnx.merge(graph, state).head_VD,
                 k=options.cap,
                 temperature=options.temperature,
-                softcap=m.config.logit_softcap or None,
+                softcap=config.logit_softcap or None,
                 chunk_size=options.chunk_size,
                 ids=options.ids > 0,
             )
 
-        self._hidden, self._top = jax.jit(hidden), jax.jit(top)
+        self.hidden, self.top = jax.jit(hidden), jax.jit(top)
 
     def start(self, plans: Mapping[int, list[Text]]) -> Iterator[_Batch]:
         """Gives the devices a batch at a time; texts of like length share one."""
         for shard, texts in plans.items():
             ordered = sorted(texts, key=lambda text: text[1].length)
-            cuts = range(0, max(len(ordered), 1), self._rows)
+            cuts = range(0, max(len(ordered), 1), self.rows)
             for cut in cuts:
-                batch = ordered[cut : cut + self._rows]
+                batch = ordered[cut : cut + self.rows]
                 top = self._read([text for _, text in batch]) if batch else None
-                yield _Batch(shard, batch, cut == cuts[-1], self._rows // self._groups, top)
+                yield _Batch(shard, batch, cut == cuts[-1], self.rows // self._groups, top)
 
     def _read(self, texts: Sequence[Encoded]) -> TopProbabilities:
         rows = [text.tokens for text in texts]
-        length = self._padded(rows)
-        arrays = _pad(rows, self._rows, length, names=("tokens_BT", "segment_ids"))
+        length = self.padded_length(max(map(len, rows)))
+        arrays = _pad(rows, self.rows, length, names=("tokens_BT", "segment_ids"))
         prompts = [text.encoder for text in texts]
         if any(map(len, prompts)):
             names = ("encoder_tokens", "encoder_segment_ids")
-            arrays |= _pad(prompts, self._rows, self._padded(prompts), names=names)
+            longest = max(map(len, prompts))
+            arrays |= _pad(prompts, self.rows, self.padded_length(longest), names=names)
         arrays = {name: self._put(array) for name, array in arrays.items()}
         index_GN = self._put(self._index(texts, length))
-        return self._top(self._state, self._hidden(self._state, arrays), index_GN)
+        return self.top(self._state, self.hidden(self._state, arrays), index_GN)
 
-    def _padded(self, rows: Sequence[np.ndarray]) -> int:
+    def padded_length(self, longest: int) -> int:
         """The longest row's length, rounded up by less than a quarter of it."""
-        longest = max(map(len, rows))
         step = max(16, (1 << (longest - 1).bit_length()) // 8)
         return min(_round_up(longest, step), self._most)
 
     def _index(self, texts: Sequence[Encoded], length: int) -> np.ndarray:
         """int32 [G, N]: where in its group's rows each answer token is predicted."""
-        size = self._rows // self._groups
+        size = self.rows // self._groups
         groups = []
-        for start in range(0, self._rows, size):
+        for start in range(0, self.rows, size):
             of_group = texts[start : start + size]
             places = [row * length + text.answer - 1 for row, text in enumerate(of_group)]
             groups.append(np.concatenate([np.zeros(0, np.int32), *places]))
