@@ -1,27 +1,14 @@
-"""`uld-jax plan` on tiny models that are nothing but a config.json.
+"""`uld-jax plan` on tiny models that are nothing but a config.json."""
 
-Run as a script, this file calls the command with each list of arguments that it is given as JSON,
-and prints what came of each: libtpu is loaded in a process of its own.
-"""
-
-import contextlib
-import importlib.util
-import io
 import json
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
 import pytest
 
+from tests.plan.commands import STUDENT, run_commands, write_config
 from uld_jax.cli.main import main
-from uld_jax.models import Policy
-from uld_jax.models.families import by_model_type
-from uld_jax.models.flash import choose_backend
-from uld_jax.plan import get_slice, size
-from uld_jax.sharding import make_mesh, platform
+from uld_jax.plan import size
 from uld_jax.testing import tiny_config, tiny_gemma
 
 CONFIG = """
@@ -38,36 +25,15 @@ def get_config():
     )
 """
 SIZES = {"width": 128, "head_dim": 32, "mlp_width": 256, "layers": 3}
-STUDENT = tiny_config(vocab_size=512, **SIZES)
 TEACHER = tiny_gemma(vocab_size=1024, **SIZES | {"kv_heads": 2, "local_layers": (True,) * 3})
 # Its two layers, with their moments, are 150 GiB.
 LARGE = tiny_config(vocab_size=512, width=1024, head_dim=32, mlp_width=2**21)
-
-
-def write_config(config, directory):
-    by_model_type(config.family, "").config_to_hf(config).save_pretrained(directory)
 
 
 def layer_parameters(c):
     """Those of one layer's matrices, by hand."""
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
     return attention + 3 * c.width * c.mlp_width
-
-
-def call(arguments):
-    """Status, output and errors of one command."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(arguments)
-    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
-
-
-def attention_on_tpu():
-    """What "auto" takes where the mesh is of TPUs, and where there is none."""
-    mesh = make_mesh(1, 2, 2, devices=get_slice("v5e:2x2").devices)
-    with jax.set_mesh(mesh):
-        there = platform(), choose_backend(STUDENT, Policy(), 128)
-    return [there, (platform(), choose_backend(STUDENT, Policy(), 128))]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +48,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def planned(root):
     """What several commands have said, one process having made them all."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is absent: pip install 'uld-jax[plan]'")
     plan = ["plan", f"--config={root / 'config.py'}"]
     commands = {
         "fits": [*plan, "--topology=v5e:2x2", f"--json={root / 'fits.json'}"],
@@ -104,11 +68,7 @@ def planned(root):
         "shape": [*plan, "--topology=v5e:3x3"],
         "mesh": [*plan, "--topology=v5e:2x2", "--config.mesh.tensor=3"],
     }
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "400"}
-    command = [sys.executable, __file__, json.dumps(commands)]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout.splitlines()[-1])
+    return run_commands(commands)
 
 
 def plans(root, name):
@@ -309,8 +269,3 @@ def test_the_step_lowers_for_cuda(uld, tmp_path, changes):
     has_teacher = "--config.teacher.mode=cache" not in changes
     assert (found["bytes"]["teacher parameters"] > 0) == has_teacher
     assert (found["model_flops"]["teacher"] > 0) == has_teacher
-
-
-if __name__ == "__main__":
-    results = {name: call(arguments) for name, arguments in json.loads(sys.argv[1]).items()}
-    print(json.dumps(results | {"attention": attention_on_tpu()}))

@@ -75,12 +75,15 @@ def read_model_config(directory: Path) -> DecoderConfig:
         directory: With config.json.
 
     Returns:
-        The config; of a T5 that says nothing of its head, whether it is tied is not known.
+        The config.
 
     Raises:
         UserError: As `SafetensorsSource`.
     """
-    return _config(directory, _family(directory), {})
+    family = _family(directory)
+    # transformers reads every T5 as tied until it sees the tensors.
+    untied = _read_json(directory / "config.json").get("tie_word_embeddings") is False
+    return _config(directory, family, {"tensors": ["lm_head.weight"]} if untied else {})
 
 
 def _family(directory: Path) -> Family:

@@ -18,7 +18,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
     """Our config from a Hugging Face T5Config or MT5Config as a dict.
 
     transformers reads every config of these two as tied, and goes by the tensors: a checkpoint
-    that has a head of its own is untied. So do we, where the dict says which "tensors" there are.
+    that has a head of its own is untied. So do we: the dict says which "tensors" there are.
 
     Raises:
         UserError: An activation that we do not have, a decoder alone, or no start token.
