@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -156,6 +157,9 @@ class Pod:
     """
 
     heartbeat = 10
+    # What the launcher ends with where one process is killed and the other misses it: where both
+    # have gone when it looks, it cannot tell which was the first.
+    lost = (128 + signal.SIGKILL, 75)
 
     def environment(self, **changes):
         """What this process has compiled for its eight devices need not be compiled again."""

@@ -70,7 +70,7 @@ def test_where_one_process_is_killed_the_others_stop(pod, tiny, tmp_path, victim
     os.kill(pod.member(victim, workdir), signal.SIGKILL)
     killed = time.monotonic()
     status = process.wait(timeout=90)
-    assert status == 128 + signal.SIGKILL
+    assert status in pod.lost
     # Not by the launcher's patience, which is longer.
     assert time.monotonic() - killed < 3 * pod.heartbeat
     assert pod.has_missed_another(log, 1 - victim)

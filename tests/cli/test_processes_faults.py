@@ -33,7 +33,7 @@ def test_killed_during_a_checkpoint_write(
     pod.wait_until(lambda: unfinished_write(workdir), process, log, look=0.0005)
     kill(pid)
     killed = time.monotonic()
-    assert process.wait(timeout=90) == 128 + signal.SIGKILL
+    assert process.wait(timeout=90) in pod.lost
     assert time.monotonic() - killed < 3 * pod.heartbeat
     assert pod.has_missed_another(log, 1 - victim)
     assert unfinished_write(workdir)
@@ -152,10 +152,11 @@ def last_step(workdir):
 def test_killed_twenty_times(pod, tiny, assert_same_run, tmp_path):
     seed = int(os.environ.get("ULD_JAX_KILL_SEED", time.time_ns() % 10_000))
     rng, kills, survived = random.Random(seed), 20, 0
-    arguments = ["train", tiny.config, "--config.train.epochs=50"]  # 100 steps
+    # 100 steps, of two processes that have a half of all parameters each.
+    arguments = ["train", tiny.config, "--config.train.epochs=50", "--config.mesh.fsdp=2"]
     straight, workdir, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
     begin = time.monotonic()
-    process = pod.start(2, 4, *arguments, f"--workdir={straight}", log=log)
+    process = pod.start(2, 1, *arguments, f"--workdir={straight}", log=log)
     pod.wait_for_step(straight, 1, process, log)
     until_training = time.monotonic() - begin
     assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
@@ -163,20 +164,22 @@ def test_killed_twenty_times(pod, tiny, assert_same_run, tmp_path):
     for early in rng.sample([True, False] * (kills // 2), kills):
         # Others that still wait for the one killed to come are ended after the grace.
         command = [*arguments, f"--workdir={workdir}"]
-        process = pod.start(2, 4, *command, log=log, grace=2 * pod.heartbeat)
+        process = pod.start(2, 1, *command, log=log, grace=2 * pod.heartbeat)
         victim = rng.randrange(2)
         pid = pod.wait_until(lambda v=victim: pod.member(v, workdir), process, log)
-        if early:
-            time.sleep(rng.uniform(0, 0.9 * until_training))
-        else:
-            pod.wait_for_step(workdir, last_step(workdir) + rng.randint(1, 3), process, log)
-            time.sleep(rng.uniform(0, 0.2))
-        assert process.poll() is None, log.read_text()[-3000:]
+        steps = last_step(workdir) + (1 if early else rng.randint(1, 3))
+        latest = time.monotonic() + (rng.uniform(0, until_training) if early else float("inf"))
+
+        def due(steps=steps, latest=latest):
+            return time.monotonic() > latest or last_step(workdir) >= steps
+
+        pod.wait_until(due, process, log)
+        time.sleep(rng.uniform(0, 0.2))
         kill(pid)
-        assert process.wait(timeout=120) == 128 + signal.SIGKILL, log.read_text()[-3000:]
+        assert process.wait(timeout=120) in pod.lost, log.read_text()[-3000:]
         survived += 1
         done = last_step(workdir)
         print(f"seed {seed}: process {victim} killed after step {done}: {survived} / {kills}")
-    pod.run(2, 4, *arguments, f"--workdir={workdir}", log=log)
+    pod.run(2, 1, *arguments, f"--workdir={workdir}", log=log)
     assert_same_run(workdir, straight, exact=True)
     print(f"survived {survived} / {kills}")
