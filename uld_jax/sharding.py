@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from uld_jax.errors import UserError
 
@@ -136,7 +136,7 @@ def split_devices(counts: Sequence[int], devices: Sequence[Any] | None = None) -
     return parts
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of shards that the batch axis is cut into.
 
     Example:

@@ -36,8 +36,8 @@ def random_logits(shape, seed, scale=2.0):
 def fused_inputs(batch, count, student_vocab, teacher_vocab, seed=0):
     rng = np.random.default_rng(seed)
     arrays = {
-        "student_hidden": rng.normal(0, 2, (batch, count, 5)),
-        "student_head": rng.normal(0, 1, (student_vocab, 5)),
+        "student_hidden": rng.normal(0, 2, (batch, count, 6)),
+        "student_head": rng.normal(0, 1, (student_vocab, 6)),
         "ce_weights": rng.uniform(size=(batch, count)),
     }
     hidden, head, weights = (
@@ -96,12 +96,17 @@ def test_value_and_gradient_equal_one_device(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("shape", "batch_axes"), MESHES)
-def test_the_fused_loss_equals_one_device(method, shape, batch_axes):
+@pytest.mark.parametrize(
+    ("shape", "batch_axes", "embed_axis"),
+    [*((*mesh, None) for mesh in MESHES), ((2, 4), "data", "data")],
+)
+def test_the_fused_loss_equals_one_device(method, shape, batch_axes, embed_axis):
     arrays = with_signals(fused_inputs(8, 5, 51, 29), known=11)
     options = {"method": method, "label_smoothing": 0.1, "z_loss": 1e-2, "student_softcap": 5.0}
     mesh = make_mesh(shape)
-    over_shards = partial(sharded_uld_cross_entropy, mesh=mesh, batch_axes=batch_axes)
+    over_shards = partial(
+        sharded_uld_cross_entropy, mesh=mesh, batch_axes=batch_axes, embed_axis=embed_axis
+    )
 
     @jax.jit
     def compute(arrays, temperature):

@@ -27,11 +27,11 @@ from rich.progress import (
 from uld_jax import config as configs
 from uld_jax import models
 from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
-from uld_jax.data import Example, Side, chat_template, load_examples
+from uld_jax.data import Example, Side, chat_template, fingerprint_examples, load_examples
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
-from uld_jax.processes import agreed, is_first, wait_for_all
+from uld_jax.processes import agreed, differing, is_first, wait_for_all
 from uld_jax.sharding import make_mesh, split_devices
 from uld_jax.train import adapt, restore_params
 
@@ -117,6 +117,7 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
         UserError: It cannot be made or written.
     """
     workdir = Path(path)
+    wait_for_all("all that is read before the workdir")
     if not is_first():
         wait_for_all("workdir")
         return workdir
@@ -252,16 +253,32 @@ def load_split(config: RunConfig, split: str) -> list[Example]:
 
     Returns:
         The examples; a random choice by `data.seed` where the number is limited.
+
+    Raises:
+        UserError: The data cannot be read, or not all processes have the same.
     """
     data = config.data
     source, limit = data.source, data.train_examples
     if split == "eval":
         source, limit = data.eval_source or data.source, data.eval_examples
     examples = load_examples(source, split, data_dir=data.data_dir or None)
-    if not limit or limit >= len(examples):
-        return examples
-    chosen = np.random.default_rng(data.seed).permutation(len(examples))[:limit]
-    return [examples[i] for i in sorted(chosen)]
+    if limit and limit < len(examples):
+        chosen = np.random.default_rng(data.seed).permutation(len(examples))[:limit]
+        examples = [examples[i] for i in sorted(chosen)]
+    _check_same_everywhere(examples, f"{source}, split {split}")
+    return examples
+
+
+def _check_same_everywhere(examples: Sequence[Example], what: str) -> None:
+    """Refuses data that differ between the machines: each process trusts the others' plan."""
+    if jax.process_count() == 1:
+        return
+    different = differing(fingerprint_examples(examples))
+    if different:
+        raise UserError(
+            f"{what}: process {', '.join(map(str, different))} of {jax.process_count()} has other "
+            "examples than process 0; expected the same on all: give every machine the same files"
+        )
 
 
 def measure(

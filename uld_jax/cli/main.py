@@ -1,6 +1,7 @@
 """The command `uld-jax`: parses, dispatches, and turns mistakes into one line."""
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -150,9 +151,9 @@ def main(argv: Sequence[str]) -> int:
         args.overrides, args.argv = overrides, list(argv)
         _refuse_addresses(args)
         # Imported late: `--help` should not wait for JAX.
-        if hasattr(args, "coordinator"):
-            distributed.connect(args)
-        importlib.import_module(f"uld_jax.cli.{args.command}").run(args)
+        several = hasattr(args, "coordinator")
+        with distributed.Joined(args) if several else contextlib.nullcontext():
+            importlib.import_module(f"uld_jax.cli.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -129,12 +129,14 @@ def sharded_uld_cross_entropy(
     mesh: Mesh | AbstractMesh,
     vocab_axis: str | None = "tensor",
     batch_axes: str | Sequence[str] | None = None,
+    embed_axis: str | None = None,
     **options: Any,
 ) -> FusedLoss:
     """`fused_teachers_cross_entropy` of global arrays, by device its own rows and vocabulary.
 
     Every device goes through its own positions in chunks; one sum over `batch_axes` at the end
-    (not one a chunk) makes the head's gradient.
+    (not one a chunk) makes the head's gradient, of which a device gets no more than the columns
+    that it has of the head.
 
     Args:
         student_hidden: [B, *b, N, D], the first axis over `batch_axes`.
@@ -146,6 +148,8 @@ def sharded_uld_cross_entropy(
         mesh: the device mesh.
         vocab_axis: the mesh axis of the vocabularies; None where each device has them whole.
         batch_axes: the mesh axes of the batch, if any.
+        embed_axis: the one of them that the columns of the student's head lie on, if any; it must
+            divide D.
         **options: of `fused_teachers_cross_entropy`, such as chunk_size and method.
 
     Returns:
@@ -170,8 +174,15 @@ def sharded_uld_cross_entropy(
     if student_head.shape[0] % shards and options.get("student_vocab") is None:
         options["student_vocab"] = student_head.shape[0]
     batch, vocab = PartitionSpec(batch_axes), PartitionSpec(axis_name)
+    axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes or ())
+    others = tuple(axis for axis in axes if axis != embed_axis)
 
     def by_shard(arrays: dict[str, Any]) -> FusedLoss:
+        if embed_axis:
+            # Backwards a sum of which each device gets a part, then one of parts over the others.
+            head = lax.pcast(arrays["student_head"], others, to="varying")
+            head = lax.all_gather(head, embed_axis, axis=1, tiled=True)
+            arrays = {**arrays, "student_head": head}
         loss = fused_teachers_cross_entropy(**arrays, **options, axis_name=axis_name)
         return lax.psum(loss, batch_axes) if batch_axes else loss
 
@@ -185,7 +196,7 @@ def sharded_uld_cross_entropy(
     }
     specs = {
         "student_hidden": batch,
-        "student_head": vocab,
+        "student_head": PartitionSpec(axis_name, embed_axis),
         "teachers": [spec for _, spec in divided],
         "targets": batch,
         "ce_weights": batch,

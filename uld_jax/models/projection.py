@@ -7,6 +7,7 @@ and checkpoints need to know of neither. (qwix's own providers intercept the pro
 that they trace, and cannot: here one scanned function multiplies slices of stacked arrays.)
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from uld_jax.sharding import RULES, batch_shards, partition_spec
 
 SCALE, LORA_A, LORA_B = "_scale", "_lora_a", "_lora_b"
 
@@ -89,10 +94,42 @@ def table_rows(module: nnx.Module, name: str, index: jax.Array) -> jax.Array:
         >>> table_rows(module, "embed", jnp.array([1])).tolist()
         [[1.5, 2.0]]
     """
-    taken = getattr(module, name)[...][index]
+    taken = _rows(getattr(module, name), index)
     if not hasattr(module, name + SCALE):
         return taken
-    return qwix.dequantize(qwix.QArray(taken, getattr(module, name + SCALE)[...][index]))
+    return qwix.dequantize(qwix.QArray(taken, _rows(getattr(module, name + SCALE), index)))
+
+
+def _rows(table: nnx.Param, index: jax.Array) -> jax.Array:
+    """Rows of a table: where a mesh is set, of its parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table[...][index]
+    spec, batch = partition_spec(table.get_metadata("axes")), PartitionSpec(RULES["batch"])
+    lookup = functools.partial(_own_rows, rows_axis=spec[0], columns_axis=spec[1])
+    over_shards = jax.shard_map(lookup, mesh=mesh, in_specs=(spec, batch), out_specs=batch)
+    count = len(index)
+    widths = [(0, -count % batch_shards(mesh)), *((0, 0) for _ in index.shape[1:])]
+    return over_shards(table[...], jnp.pad(index, widths))[:count]
+
+
+def _own_rows(
+    table: jax.Array, index: jax.Array, *, rows_axis: str, columns_axis: str | None
+) -> jax.Array:
+    """A device's part of the batch, from the parts of the table that it and others have.
+
+    Left to itself the compiler may gather the table, or sum gradients of all of its rows.
+    """
+    if columns_axis:
+        index = lax.all_gather(index, columns_axis, tiled=True)
+    count = table.shape[0]
+    own = index - lax.axis_index(rows_axis) * count
+    own = jnp.where((own >= 0) & (own < count), own, count)
+    rows = lax.psum(table.at[own].get(mode="fill", fill_value=0), rows_axis)
+    if columns_axis:
+        last = rows.ndim - 1
+        rows = lax.all_to_all(rows, columns_axis, split_axis=0, concat_axis=last, tiled=True)
+    return rows
 
 
 def layer_matrices(model: nnx.Module) -> Iterator[tuple[str, Any, str]]:
