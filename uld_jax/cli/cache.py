@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import progress_bar, say
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
 from uld_jax.data.signal_store import ANSWERS
@@ -58,7 +59,7 @@ class _Job:
 
     @functools.cached_property
     def pool(self) -> Sequence[Example]:
-        return compose.load_shot_pool(self.config, self.examples)
+        return shot_pool_of(self.config, self.examples)
 
     def teacher(self) -> models.LoadedModel:
         if self.loaded is None:

@@ -26,9 +26,9 @@ from rich.progress import (
 
 from uld_jax import config as configs
 from uld_jax import models
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import BaseModelConfig, DataConfig, RunConfig, TeacherConfig
-from uld_jax.data import Example, Side, chat_template, load_examples, shot_pool, task_of
-
+from uld_jax.data import Example, Side, chat_template, load_examples, task_of
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
@@ -273,29 +273,6 @@ def load_split(config: RunConfig, split: str) -> list[Example]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def load_shot_pool(config: RunConfig, train_set: Sequence[Example]) -> Sequence[Example]:
-    """What the worked examples in prompts are drawn from.
-
-    Args:
-        config: The run.
-        train_set: Its training examples.
-
-    Returns:
-        Those on no text that the whole evaluation split has; all of them where nothing is drawn.
-    """
-    data = config.data
-    if not any(model.shots for model in (config.student, *config.teachers)):
-        return train_set
-    held_out = load_examples(
-        data.eval_source or data.source,
-        "eval",
-        data_dir=data.data_dir or None,
-        manual_dir=data.manual_dir or None,
-        may_be_absent=True,
-    )
-    return shot_pool(train_set, held_out)
-
-
 def measure(
     config: RunConfig,
     student: models.LoadedModel,
@@ -321,7 +298,7 @@ def measure(
             student,
             eval_set,
             side_of(config.student, student, config.data),
-            pool=load_shot_pool(config, train_set),
+            pool=shot_pool_of(config, train_set),
             seed=config.data.seed,
             max_new_tokens=config.eval.max_new_tokens,
             batch_size=config.eval.batch_size,

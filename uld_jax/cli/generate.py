@@ -10,6 +10,7 @@ import jax
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split, dropped_message, wait_until_finished
 from uld_jax.cli.compose import say
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
 from uld_jax.errors import UserError
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     pool = examples
     if config.teacher.shots:
         train_set = examples if split == "train" else compose.load_split(config, "train")
-        pool = compose.load_shot_pool(config, train_set)
+        pool = shot_pool_of(config, train_set)
     writer = answer_split(
         config,
         compose.load_model("teacher", config.teacher, mesh),

@@ -15,6 +15,7 @@ from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.cli.teachers import (
     Teacher,
     cached_answers,
@@ -60,7 +61,7 @@ class Job:
     @functools.cached_property
     def pool(self) -> Sequence[Example]:
         """What the worked examples in prompts are drawn from."""
-        return compose.load_shot_pool(self.config, self.train_set)
+        return shot_pool_of(self.config, self.train_set)
 
     @property
     def student_side(self) -> Side:

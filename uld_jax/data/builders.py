@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -151,17 +153,27 @@ class PublishedBuilder(_ExampleBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        files = self._files or self._download(dl_manager)
-        return {
-            split: self._generate_examples(found)
-            for split, found in self.DATA_SET.read(files).items()
-        }
+        with tempfile.TemporaryDirectory() as scratch:
+            files = self._files or self._download(dl_manager, Path(scratch))
+            splits = self.DATA_SET.read(files)
+        return {split: self._generate_examples(found) for split, found in splits.items()}
 
-    def _download(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Path]]:
+    def _download(
+        self, dl_manager: tfds.download.DownloadManager, scratch: Path
+    ) -> dict[str, list[Path]]:
         about = self.DATA_SET
         try:
-            found = dl_manager.download_and_extract(dict(about.urls))
-        except (OSError, tfds.download.DownloadError, NonMatchingChecksumError) as error:
+            found = dl_manager.download(dict(about.urls))
+            archives = [path for path in found.values() if zipfile.is_zipfile(path)]
+            for path in archives:
+                # TFDS unpacks with TensorFlow alone.
+                zipfile.ZipFile(path).extractall(scratch)
+        except (
+            OSError,
+            tfds.download.DownloadError,
+            NonMatchingChecksumError,
+            zipfile.BadZipFile,
+        ) as error:
             urls = ", ".join(about.urls.values())
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
@@ -169,10 +181,9 @@ class PublishedBuilder(_ExampleBuilder):
                 f"get the files otherwise, put them into a folder as {expected_names(about)}, and "
                 "set --config.data.manual_dir=FOLDER"
             ) from error
-        paths = {part: Path(path) for part, path in found.items()}
-        if all(path.is_dir() for path in paths.values()):
-            return find_files(about, *paths.values())
-        return {part: [path] for part, path in paths.items()}
+        if archives:
+            return find_files(about, scratch)
+        return {part: [Path(path)] for part, path in found.items()}
 
 
 class SquadV1(PublishedBuilder):

@@ -181,7 +181,7 @@ def draw_shots(pool: Sequence[Example], example: Example, k: int, seed: int) -> 
 
     Every example gets the same first k items of one seeded order, so that a prefix can be
     shared; where one of them is the example itself, or about the same context, the next in
-    the order takes part instead.
+    the order takes part instead. One without an answer, as QED has some, is never shown.
 
     Args:
         pool: Items to draw from: the training split, see `shot_pool`.
@@ -205,12 +205,12 @@ def draw_shots(pool: Sequence[Example], example: Example, k: int, seed: int) -> 
     for index in _order(len(pool), seed):
         if len(shots) == k:
             break
-        if not _same_item(pool[index], example):
+        if pool[index].answers[0].strip() and not _same_item(pool[index], example):
             shots.append(pool[index])
     if len(shots) < k:
         raise UserError(
             f"example {example.id!r}: {k} shots wanted, but only {len(shots)} of the {len(pool)} "
-            "examples to draw from are about another context: ask for fewer shots"
+            "examples to draw from are answered and about another context: ask for fewer shots"
         )
     return tuple(shots)
 
