@@ -1,15 +1,15 @@
-"""The paper's runs: `--config=configs/paper/runs.py:TEACHER,STUDENT,DATA_SET`, from the tables here.
+"""The paper's runs: `--config=configs/paper/runs.py:TEACHER,STUDENT,DATA_SET`, from the tables.
 
-Boizard et al., arXiv 2402.12030: text distillation with `--config.loss.uld_weight=0`, ULD as it is
-here. The settings are those of the released code: lambda 1.5, temperatures 1, AdamW with weight decay
-0.1, one cycle up to a learning rate of 1e-6 (2e-6 in its job scripts), 5 epochs of batches of 16,
-seed 42. The teacher answers greedily with up to 150 tokens, of which the first line counts. The
-student's prompt has no shots and no title, its answer ends with its end-of-text token, and ULD
-leaves that position out.
+Boizard et al., arXiv 2402.12030: ULD as it is here, text distillation with
+`--config.loss.uld_weight=0`. The settings are those of the released code: lambda 1.5, temperatures
+1, AdamW with weight decay 0.1, one cycle up to a learning rate of 1e-6 (2e-6 in its job scripts),
+5 epochs of batches of 16, seed 42. The teacher answers greedily with up to 150 tokens, of which the
+first line counts. The student's prompt has no shots and no title; its answer ends with its
+end-of-text token, and ULD leaves that position out.
 
-Not as there: this package trains on all of the teacher's answers, where the paper keeps 10 % of them
-for validation to choose a checkpoint by, and it measures the last step; prompts have our wording;
-gradients are clipped at a norm of 1.
+Not as there: all of the teacher's answers are trained on and the last step is measured, where the
+paper keeps 10 % of them to choose a checkpoint by; prompts have our wording; gradients are clipped
+at a norm of 1.
 
 The data come from their official places, or from `--config.data.manual_dir=DIR`.
 """
@@ -48,6 +48,8 @@ SHOTS = {
     "pubmedqa": {"llama": 3, "mistral": 3},
     "dialogsum": {"llama": 3, "mistral": 2},
 }
+# Whether the teacher's prompt tells an article's title, where a data set has titles.
+TITLES = {"llama": "none", "mistral": "teacher"}
 RUNS = [f"{t},{s},{d}" for t in TEACHERS for s in STUDENTS for d in SHOTS]
 SEED = 42
 
@@ -71,7 +73,9 @@ def get_config(run: str = "") -> RunConfig:
             max_new_tokens=150,
         ),
         student=ModelConfig(source=STUDENTS[student], dtype="bfloat16", max_length=1024),
-        data=DataConfig(source=data_set, titles="teacher", batch_size=16, buckets=4, seed=SEED),
+        data=DataConfig(
+            source=data_set, titles=TITLES[teacher], batch_size=16, buckets=4, seed=SEED
+        ),
         loss=LossConfig(uld_weight=1.5, convention="official", skip_student_eos=True),
         optimizer=OptimizerConfig(
             learning_rate=1e-6,
