@@ -56,11 +56,11 @@ def read_hugging_face(argument: str, split: str) -> list[Example] | dict[str, in
 
 def _options(argument: str, query: str) -> dict[str, str]:
     options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown or bool(query) != bool(options):
+    wrong = [name for name, value in options.items() if name not in OPTIONS or not value]
+    if wrong or bool(query) != bool(options):
         raise UserError(
             f"hf:{argument}: expected hf:ID?OPTION=VALUE&… with options of {list(OPTIONS)}, got "
-            f"{unknown or query}"
+            f"{query}"
         )
     return options
 
