@@ -1,5 +1,6 @@
 """Eight fake CPU devices and strict numerics, set before JAX starts its backend."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -60,3 +61,110 @@ def gemma_gguf():
 @pytest.fixture(scope="session")
 def smollm_gguf():
     return _real_model("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def _lines(records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def _squad(articles):
+    """A SQuAD v1.1 document of articles with two questions each."""
+    data = [
+        {
+            "title": f"The_mill_{n}",
+            "paragraphs": [
+                {
+                    "context": f"Mill {n} stands by the river and grinds wheat.",
+                    "qas": [
+                        {
+                            "id": f"mill-{n}-{q}",
+                            "question": f"What does mill {n} {what}?",
+                            "answers": [{"text": answer, "answer_start": 0}] * 2,
+                        }
+                        for q, (what, answer) in enumerate(
+                            [("grind", "wheat"), ("stand by", "the river")]
+                        )
+                    ],
+                }
+            ],
+        }
+        for n in articles
+    ]
+    return json.dumps({"version": "1.1", "data": data})
+
+
+def _qed(number, paragraph):
+    spans = [{"start": 0, "end": 4, "string": "rye"}, {"start": 0, "end": 4, "string": "oats"}]
+    return {
+        "example_id": -number,
+        "title_text": "Lighthouses",
+        "url": "https://example.org",
+        "question_text": f"what does keeper {number} light",
+        "paragraph_text": f"Keeper {paragraph} lights the lamp .",
+        "sentence_starts": [0],
+        "original_nq_answers": [[{"start": 0, "end": 4, "string": f"lamp {number}"}, *spans]],
+        "annotation": {},
+    }
+
+
+def _fairytale(folder, stories):
+    """Questions on one and on two sections of each story, in the repository's CSV files."""
+    for folder_name, n in stories:
+        story = f"the-miller-{n}"
+        _write(
+            folder / "questions" / folder_name / f"{story}-questions.csv",
+            "question_id,local-or-sum,cor_section,attribute1,attribute2,question,ex-or-im1,"
+            "answer1,answer2,answer3\n"
+            f'1,local,1,action,,"Where, then, did miller {n} sleep?",explicit,in the mill,there,\n'
+            f'2,summary,"1,2",action,,Why did miller {n} wake?,implicit,"a ""ghost"" sang",,\n',
+        )
+        _write(
+            folder / "section-stories" / folder_name / f"{story}-story.csv",
+            f'\ufeffsection,text\n1,"Miller {n} slept\nin the mill."\n2,A ghost sang.\n',
+        )
+        _write(folder / "sentence-stories" / folder_name / f"{story}-story.csv", "not,read\n")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A folder with a small data set, of our own text, in the official files of each of the five.
+
+    Ten questions to train on (of PubMedQA twelve) and two to four of each other split.
+    """
+    root = tmp_path_factory.mktemp("published")
+    _write(root / "squad" / "train-v1.1.json", _squad(range(5)))
+    _write(root / "squad" / "dev-v1.1.json", _squad([7]))
+    # Two of the paragraphs stand in both splits.
+    _write(root / "qed" / "qed-train.jsonlines", _lines(_qed(n, n) for n in range(1, 11)))
+    _write(root / "qed" / "qed-dev.jsonlines", _lines(_qed(n, n - 20) for n in range(21, 23)))
+    stories = [("train", n) for n in range(5)] + [("val", 5), ("test", 6), ("test", 7)]
+    _fairytale(root / "fairytaleqa" / "data-by-train-split", stories)
+    studies = {
+        str(900 + n): {
+            "QUESTION": f"Does drug {n} help?",
+            "CONTEXTS": [f"We gave drug {n} to many.", "They slept better."],
+            "LABELS": ["METHODS", "RESULTS"],
+            "LONG_ANSWER": f"Drug {n} may help.",
+            "final_decision": "maybe",
+        }
+        for n in range(24)
+    }
+    _write(root / "pubmedqa" / "ori_pqal.json", json.dumps(studies, indent=4))
+    for name, count in (("train", 10), ("dev", 2), ("test", 2)):
+        fields = ("summary1", "summary2", "summary3") if name == "test" else ("summary",)
+        records = [
+            {
+                "fname": f"{name}_{n}",
+                "dialogue": f"#Person1#: Is {name} mill {n} open?\n#Person2#: Yes.",
+                **{field: f"Mill {n} is open ({field})." for field in fields},
+                "topic": "mills",
+            }
+            for n in range(count)
+        ]
+        _write(root / "dialogsum" / f"dialogsum.{name}.jsonl", _lines(records))
+    return root

@@ -172,6 +172,8 @@ UNSOUND = {
     "teacher.stream_batch_size": -1,
     "teacher.stream_top_k": -1,
     "data.source": "",
+    "data.task": "summary",
+    "data.titles": "student",
     "data.train_examples": -1,
     "data.eval_examples": -1,
     "data.answers": "golden",

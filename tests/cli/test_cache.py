@@ -39,9 +39,12 @@ def expected_by_training(tiny, cached, **overrides):
     config, errors = configs.apply_overrides(configs.load(str(tiny.root / "config.py")), overrides)
     assert not errors
     m = models.load_tokenizer(config.teacher.source)
-    side, examples = compose.side_of(config.teacher, m), compose.load_split(config, "train")
+    side, examples = (
+        compose.side_of(config.teacher, m, config.data),
+        compose.load_split(config, "train"),
+    )
     answers = read_answers(cached, config, m, side, examples)
-    texts = teacher_texts(examples, answers, side, seed=config.data.seed)
+    texts = teacher_texts(examples, answers, side, pool=examples, seed=config.data.seed)
     return provenance(config, m, side, examples, answers, texts)
 
 

@@ -127,7 +127,7 @@ def test_a_t5_teaches_a_decoder(uld, tiny, tmp_path):
 def test_only_an_encoder_decoder_has_a_start_token(tiny):
     config = configs.load(tiny.config.removeprefix("--config="))
     for model, start in ((tiny_model(tiny_t5(start_id=7)), 7), (tiny_model(), None)):
-        assert compose.side_of(config.student, model).start_id == start
+        assert compose.side_of(config.student, model, config.data).start_id == start
 
 
 def test_a_prompt_counts_towards_max_length(uld, arguments, tmp_path):

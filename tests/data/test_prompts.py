@@ -1,8 +1,18 @@
 import dataclasses
+import json
 
 import pytest
 
-from uld_jax.data.prompts import INSTRUCTION, chat_template, draw_shots, first_line, render
+from uld_jax.data import fingerprint_prompts, prompts
+from uld_jax.data.prompts import (
+    INSTRUCTION,
+    TASKS,
+    chat_template,
+    draw_shots,
+    first_line,
+    render,
+    shot_pool,
+)
 from uld_jax.data.records import Example
 from uld_jax.errors import UserError
 
@@ -47,6 +57,82 @@ def test_completion_is_the_prompt_itself():
         render(COMPLETION, shots=[ROME])
 
 
+TALK = Example("3", "qa", "A: Is it open?\nB: Yes.", "", ("B says that it is open.",), "")
+WORDS = {
+    "qa": ("Context", "Question", "Answer"),
+    "qa_generative": ("Text", "Question", "Answer"),
+    "qa_medical": ("Abstract", "Question", "Answer"),
+    "summary_dialogue": ("Dialogue", "Question", "Summary"),
+}
+
+
+def test_the_tasks():
+    assert TASKS.keys() == WORDS.keys()
+    assert len({words.system for words in TASKS.values()}) == len(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_in_plain_text(task):
+    context, question, answer = WORDS[task]
+    titled = dataclasses.replace(OSLO, title="Cities_of_Norway")
+    assert render(titled, shots=[TALK], task=task, titles=True).text == (
+        f"{TASKS[task].system}\n\n"
+        f"{context}: A: Is it open?\nB: Yes.\n{answer}: B says that it is open.\n\n"
+        f"Title: Cities of Norway\n{context}: Oslo is in Norway.\n"
+        f"{question}: Where is Oslo?\n{answer}:"
+    )
+    assert render(titled, task=task).text == render(OSLO, task=task).text
+    assert render(TALK, task=task).text.endswith(f"B: Yes.\n{answer}:")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_in_a_chat(task):
+    context = WORDS[task][0]
+    assert render(TALK, shots=[TALK], chat=written, task=task).text == (
+        f"[user]{TASKS[task].system}\n\n{context}: A: Is it open?\nB: Yes."
+        f"[assistant]B says that it is open.[user]{context}: A: Is it open?\nB: Yes.[assistant]"
+    )
+
+
+def test_a_chat_is_its_own_messages():
+    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hi."), ("user", "And?")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    example = Example("4", "chat", "", json.dumps(messages), ("So.",), "")
+    assert render(example, chat=written).text == (
+        "[system]Be brief.[user]Hi[assistant]Hi.[user]And?[assistant]"
+    )
+    plain = render(example)
+    assert (
+        plain.text == "System: Be brief.\n\nUser: Hi\n\nAssistant: Hi.\n\nUser: And?\n\nAssistant:"
+    )
+    assert plain.separator == " "
+    with pytest.raises(UserError, match="'4': 1 shots for a chat record, expected 0"):
+        render(example, shots=[ROME])
+
+
+def test_fingerprints_follow_the_wording(byte_tokenizer, monkeypatch):
+    def found():
+        return {
+            (task, titles, chat): fingerprint_prompts(
+                byte_tokenizer, chat=chat, task=task, titles=titles
+            )
+            for task in TASKS
+            for titles in (False, True)
+            for chat in (False, True)
+        }
+
+    before = found()
+    assert len(set(before.values())) == 4 * 2 * 2
+    for field in ("system", "context", "answer"):
+        words = dataclasses.replace(TASKS["qa_medical"], **{field: "Changed"})
+        monkeypatch.setitem(prompts.TASKS, "qa_medical", words)
+        after = found()
+        # In a chat the answer has no name.
+        same = {k for k in before if k[0] != "qa_medical" or (field == "answer" and k[2])}
+        assert {k for k in before if before[k] == after[k]} == same
+        monkeypatch.undo()
+
+
 def test_chat_template_of_a_tokenizer(byte_tokenizer, piece_tokenizer):
     assert chat_template(piece_tokenizer) is None
     text = render(OSLO, shots=[ROME], chat=chat_template(byte_tokenizer)).text
@@ -85,6 +171,20 @@ def test_an_item_with_the_same_id_is_no_shot():
     asked = dataclasses.replace(OSLO, id="3")
     for seed in range(5):
         assert "3" not in {s.id for s in draw_shots(POOL, asked, 11, seed)}
+
+
+def test_nothing_that_is_evaluated_on_is_in_the_pool():
+    held_out = [POOL[4], dataclasses.replace(ROME, id="y", question="q7")]
+    bare = [dataclasses.replace(ROME, id=f"b{n}", question=f"q{n}") for n in range(6, 9)]
+    pool = shot_pool([*POOL, *bare], held_out)
+    assert pool == [*POOL[:4], *POOL[6:], bare[0], bare[2]]
+    assert shot_pool(POOL, []) == POOL
+
+
+def test_an_item_without_an_answer_is_no_shot():
+    pool = [dataclasses.replace(item, answers=(" ",)) for item in POOL[:6]] + POOL[6:]
+    shots = draw_shots(pool, OSLO, 6, seed=0)
+    assert sorted(shots, key=POOL.index) == POOL[6:]
 
 
 def test_too_small_a_pool():

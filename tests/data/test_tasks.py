@@ -127,6 +127,39 @@ def test_jsonl_takes_questions_and_completions(tmp_path):
     ]
 
 
+def say(*said):
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def test_jsonl_takes_chats_up_to_the_last_answer(tmp_path):
+    messages = say(
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hi."),
+        ("user", "And?"),
+        ("assistant", "So é."),
+        ("user", "Bye"),
+    )
+    path = write_lines(
+        tmp_path / "chats.jsonl",
+        {"messages": messages, "split": "train"},
+        {"id": "x", "messages": say(("user", "A"), ("assistant", "B")), "split": "eval"},
+    )
+    (train,) = load_examples(f"jsonl:{path}", "train", data_dir=tmp_path)
+    assert (train.kind, train.context, train.answers) == ("chat", "", ("So é.",))
+    assert json.loads(train.question) == messages[:4]
+    (evaluation,) = load_examples(f"jsonl:{path}", "eval", data_dir=tmp_path)
+    assert evaluation.id == "x"
+    assert json.loads(evaluation.question) == say(("user", "A"))
+
+
+def test_an_absent_split_may_be_allowed(tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", qa(0))
+    options = {"data_dir": tmp_path, "may_be_absent": True}
+    assert load_examples(f"jsonl:{path}", "eval", **options) == []
+    assert len(load_examples(f"jsonl:{path}", "train", **options)) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "group"),
     [
@@ -256,7 +289,11 @@ def test_registered_tfds_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("source", "split", "message"),
     [
-        ("csv:x", "train", "'csv:x': expected one of .*squad_json:PATH.*jsonl:PATH.*tfds:NAME"),
+        (
+            "csv:x",
+            "train",
+            "'csv:x': expected one of .*squad_json:PATH.*jsonl:PATH.*tfds:NAME.*hf:ID",
+        ),
         ("jsonl:", "train", "expected one of"),
         ("builtin", "test", r"split 'test' of builtin: expected one of \['train', 'eval'\]"),
         ("jsonl:/no/such.jsonl", "train", "no such file, expected /no/such.jsonl"),
@@ -282,6 +319,21 @@ def test_bad_source(tmp_path, source, split, message):
         (qa(1, answers="x"), "d.jsonl:2: field 'answers' must be a non-empty list of strings"),
         (qa(1, answers=[]), "d.jsonl:2: field 'answers' must be a non-empty list of strings"),
         (qa(1, answers=["x", None]), "d.jsonl:2: field 'answers' must hold strings only"),
+        ({"messages": "hi"}, "d.jsonl:2: field 'messages' must be a list of objects"),
+        ({"messages": [{"role": "user"}]}, "d.jsonl:2: field 'content' is missing"),
+        (
+            {"messages": say(("user", "a"), ("tool", "b"), ("assistant", "c"))},
+            r"d.jsonl:2: a message's role must be one of .*, got \['tool'\]",
+        ),
+        (
+            {"messages": say(("user", "a"))},
+            r"d.jsonl:2: field 'messages' must have an assistant's message after another, got the "
+            r"roles \['user'\]",
+        ),
+        (
+            {"messages": say(("assistant", "a"), ("user", "b"))},
+            "d.jsonl:2: field 'messages' must have an assistant's message after another",
+        ),
         (qa(1, id=1.5), "d.jsonl:2: field 'id' must be a string, got float 1.5"),
         (qa(1, id="1"), r"d.jsonl:2: id '1' is used twice \(first in .*d.jsonl:1\)"),
         (qa(1, split="dev"), r"d.jsonl:2: field 'split' must be one of .*, got 'dev'"),

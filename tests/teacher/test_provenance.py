@@ -35,7 +35,7 @@ def side(m, config=CONFIG, **changes):
 
 def about(m, config=CONFIG, examples=EXAMPLES, answers=ANSWERS, **changes):
     own = side(m, config, **changes)
-    texts = teacher_texts(examples, answers, own, seed=config.data.seed)
+    texts = teacher_texts(examples, answers, own, pool=examples, seed=config.data.seed)
     return provenance(config, m, own, examples, answers, texts)
 
 

@@ -54,7 +54,7 @@ def answer_split(
     Raises:
         UserError: The directory holds something else, or a prompt cannot be written.
     """
-    side = compose.side_of(config.teacher, teacher)
+    side = compose.side_of(config.teacher, teacher, config.data)
     recipe = _recipe(config, samples)
     answerer = Answerer(teacher, side, recipe, pool=pool, seed=config.data.seed)
     provenance = answer_provenance(config, teacher, side, examples, pool)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import progress_bar, say
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
 from uld_jax.data.signal_store import ANSWERS
@@ -49,11 +51,15 @@ class _Job:
 
     @property
     def side(self) -> Side:
-        return compose.side_of(self.config.teacher, self.known)
+        return compose.side_of(self.config.teacher, self.known, self.config.data)
 
     @property
     def about(self) -> tuple[RunConfig, models.LoadedTokenizer, Side, Sequence[Example]]:
         return self.config, self.known, self.side, self.examples
+
+    @functools.cached_property
+    def pool(self) -> Sequence[Example]:
+        return shot_pool_of(self.config, self.examples)
 
     def teacher(self) -> models.LoadedModel:
         if self.loaded is None:
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     examples = compose.load_split(config, "train")
     job = _Job(config, output, examples, known, _own_mesh(config))
     answers = _answers(job)
-    texts = teacher_texts(examples, answers, job.side, seed=config.data.seed)
+    texts = teacher_texts(examples, answers, job.side, pool=job.pool, seed=config.data.seed)
     left_out = [
         ("with an empty answer", texts.count("empty_answer")),
         (
@@ -134,7 +140,7 @@ def _answers(job: _Job) -> dict[str, str]:
                 job.teacher(),
                 job.examples,
                 job.side,
-                pool=job.examples,
+                pool=job.pool,
                 seed=job.config.data.seed,
                 max_new_tokens=job.config.teacher.max_new_tokens,
                 batch_size=job.config.teacher.batch_size,

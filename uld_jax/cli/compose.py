@@ -26,8 +26,16 @@ from rich.progress import (
 
 from uld_jax import config as configs
 from uld_jax import models
-from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
-from uld_jax.data import Example, Side, chat_template, fingerprint_examples, load_examples
+from uld_jax.cli.shots import shot_pool_of
+from uld_jax.config import BaseModelConfig, DataConfig, RunConfig, TeacherConfig
+from uld_jax.data import (
+    Example,
+    Side,
+    chat_template,
+    fingerprint_examples,
+    load_examples,
+    task_of,
+)
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import write_json
@@ -223,24 +231,30 @@ def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.L
     return dataclasses.replace(m, model=nnx.merge(graph, trained, *frozen))
 
 
-def side_of(config: BaseModelConfig, m: models.LoadedModel | models.LoadedTokenizer) -> Side:
+def side_of(
+    config: BaseModelConfig, m: models.LoadedModel | models.LoadedTokenizer, data: DataConfig
+) -> Side:
     """How a model is prompted, from its config and its tokenizer.
 
     Args:
         config: The teacher's or the student's.
         m: The model, or its tokenizer and config.
+        data: What it is asked.
 
     Returns:
         The side; only a student, or a teacher so configured, ends answers with its EOS token.
     """
     templated = chat_template(m.tokenizer) is not None
+    teaches = isinstance(config, TeacherConfig)
     return Side(
         m.tokenizer,
         max_length=config.max_length,
-        append_eos=config.append_eos if isinstance(config, TeacherConfig) else True,
+        append_eos=config.append_eos if teaches else True,
         shots=config.shots,
         chat={"auto": templated, "always": True, "never": False}[config.chat],
         start_id=m.config.start_id if isinstance(m.config, models.EncoderDecoderConfig) else None,
+        task=task_of(data.source) if data.task == "auto" else data.task,
+        titles=data.titles == "both" or (teaches and data.titles == "teacher"),
     )
 
 
@@ -261,7 +275,9 @@ def load_split(config: RunConfig, split: str) -> list[Example]:
     source, limit = data.source, data.train_examples
     if split == "eval":
         source, limit = data.eval_source or data.source, data.eval_examples
-    examples = load_examples(source, split, data_dir=data.data_dir or None)
+    examples = load_examples(
+        source, split, data_dir=data.data_dir or None, manual_dir=data.manual_dir or None
+    )
     if limit and limit < len(examples):
         chosen = np.random.default_rng(data.seed).permutation(len(examples))[:limit]
         examples = [examples[i] for i in sorted(chosen)]
@@ -294,7 +310,7 @@ def measure(
     Args:
         config: The run.
         student: The model.
-        train_set: What the worked examples in prompts are drawn from.
+        train_set: The training examples, which the worked ones in prompts are among.
         eval_set: The held-out questions.
         title: Of the progress bar.
 
@@ -305,8 +321,8 @@ def measure(
         result = evaluate(
             student,
             eval_set,
-            side_of(config.student, student),
-            pool=train_set,
+            side_of(config.student, student, config.data),
+            pool=shot_pool_of(config, train_set),
             seed=config.data.seed,
             max_new_tokens=config.eval.max_new_tokens,
             batch_size=config.eval.batch_size,

@@ -10,6 +10,7 @@ import jax
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split, dropped_message, wait_until_finished
 from uld_jax.cli.compose import say
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
 from uld_jax.errors import UserError
@@ -46,8 +47,9 @@ def run(args: argparse.Namespace) -> None:
     split = config.generate.split
     examples = compose.load_split(config, split)
     pool = examples
-    if split != "train" and config.teacher.shots:
-        pool = compose.load_split(config, "train")
+    if config.teacher.shots:
+        train_set = examples if split == "train" else compose.load_split(config, "train")
+        pool = shot_pool_of(config, train_set)
     writer = answer_split(
         config,
         compose.load_model("teacher", config.teacher, mesh),
@@ -94,15 +96,17 @@ def _join(directory: Path, split: str, output: Path) -> None:
 
 def _line(example: Example) -> str:
     answer = example.answers[0]
-    record = (
-        {"id": example.id, "prompt": example.question, "completion": answer}
-        if example.kind == "completion"
-        else {
-            "id": example.id,
+    if example.kind == "chat":
+        messages = json.loads(example.question)
+        record = {"messages": [*messages, {"role": "assistant", "content": answer}]}
+    elif example.kind == "completion":
+        record = {"prompt": example.question, "completion": answer}
+    else:
+        record = {
             "title": example.title,
             "context": example.context,
             "question": example.question,
             "answer": answer,
         }
-    )
+    record = {"id": example.id, **record}
     return json.dumps(record, ensure_ascii=False) + "\n"

@@ -53,7 +53,7 @@ def cached_answers(
         return {example.id: example.answers[0] for example in examples}
     if config.teacher.mode != "cache":
         return None
-    side = compose.side_of(config.teacher, teacher)
+    side = compose.side_of(config.teacher, teacher, config.data)
     return read_answers(config.teacher.cache, config, teacher, side, examples)
 
 
@@ -63,6 +63,7 @@ def open_signals(
     sides: Sequence[Side],
     examples: Sequence[Example],
     answers: Mapping[str, str],
+    pool: Sequence[Example],
 ) -> list[SignalStore | None]:
     """Opens the caches, each known to be of its teacher, of these examples and answers.
 
@@ -72,6 +73,7 @@ def open_signals(
         sides: How each is prompted.
         examples: The training split.
         answers: Answer by example id.
+        pool: Examples that shots are drawn from.
 
     Returns:
         For each teacher its cache; None for one that is asked.
@@ -84,7 +86,7 @@ def open_signals(
         if each.mode != "cache":
             stores.append(None)
             continue
-        texts = teacher_texts(examples, answers, side, seed=config.data.seed)
+        texts = teacher_texts(examples, answers, side, pool=pool, seed=config.data.seed)
         own = dataclasses.replace(config, teacher=each)
         expected = provenance(own, teacher, side, examples, answers, texts)
         stores.append(open_cache(each.cache, expected))

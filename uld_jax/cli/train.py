@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
+from uld_jax.cli.shots import shot_pool_of
 from uld_jax.cli.teachers import (
     Teacher,
     cached_answers,
@@ -56,16 +58,21 @@ class Job:
     train_set: list[Example]
     eval_set: list[Example]
 
+    @functools.cached_property
+    def pool(self) -> Sequence[Example]:
+        """What the worked examples in prompts are drawn from."""
+        return shot_pool_of(self.config, self.train_set)
+
     @property
     def student_side(self) -> Side:
         """How the student is prompted."""
-        return compose.side_of(self.config.student, self.student)
+        return compose.side_of(self.config.student, self.student, self.config.data)
 
     @property
     def teacher_sides(self) -> list[Side]:
         """How each teacher is prompted."""
         return [
-            compose.side_of(config, teacher)
+            compose.side_of(config, teacher, self.config.data)
             for config, teacher in zip(self.config.teachers, self.teachers, strict=True)
         ]
 
@@ -122,7 +129,7 @@ def _check_prompts(job: Job) -> None:
             for ids in encode_prompts(
                 job.train_set[start : start + PROMPTS_AT_A_TIME],
                 side,
-                pool=job.train_set,
+                pool=job.pool,
                 seed=job.config.data.seed,
             )
         )
@@ -158,7 +165,7 @@ def _ask(job: Job, shards: Path) -> dict[str, str]:
         job.config,
         teacher,
         job.train_set,
-        pool=job.train_set,
+        pool=job.pool,
         directory=shards,
         split="train",
         samples=1,
@@ -191,10 +198,11 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         answers,
         student=job.student_side,
         teachers=job.teacher_sides,
-        pool=job.train_set,
+        pool=job.pool,
         seed=config.data.seed,
     )
-    signals = open_signals(config, job.teachers, job.teacher_sides, job.train_set, answers)
+    sides = job.teacher_sides
+    signals = open_signals(config, job.teachers, sides, job.train_set, answers, job.pool)
     read = [
         pair for pair in pairs if all(pair.id in store for store in signals if store is not None)
     ]
@@ -241,7 +249,7 @@ def _on_policy(job: Job) -> OnPolicy | None:
         job.student_side,
         job.teacher_sides,
         examples={example.id: example for example in job.train_set},
-        pool=job.train_set,
+        pool=job.pool,
         seed=config.data.seed,
         fraction=config.train.on_policy_fraction,
         sampling=models.Sampling(temperature=config.train.on_policy_temperature),

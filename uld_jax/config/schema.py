@@ -126,6 +126,10 @@ class DataConfig:
         source: training data: builtin, or a data set or file that `uld_jax.data` can read.
         eval_source: evaluation data; empty = the evaluation split of `source`.
         data_dir: where prepared data sets lie; empty = their default folder.
+        manual_dir: folder with the files of a published data set; empty = download them.
+        task: how items are put: auto (as the data set is) | qa | qa_generative | qa_medical |
+            summary_dialogue.
+        titles: which prompts tell the title of an item's article: none | teacher | both.
         train_examples: use the first so many; 0 = all.
         eval_examples: use the first so many; 0 = all.
         answers: the answers to train on: teacher (generated) | gold (the data set's).
@@ -137,6 +141,9 @@ class DataConfig:
     source: str = rules.field("builtin", "the name of a data set or a file", bool)
     eval_source: str = ""
     data_dir: str = ""
+    manual_dir: str = ""
+    task: str = rules.choice("auto", "qa", "qa_generative", "qa_medical", "summary_dialogue")
+    titles: str = rules.choice("none", "teacher", "both")
     train_examples: int = rules.at_least(0, 0)
     eval_examples: int = rules.at_least(0, 0)
     answers: str = rules.choice("teacher", "gold")

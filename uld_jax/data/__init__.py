@@ -9,12 +9,20 @@ from uld_jax.data.fingerprints import (
 )
 from uld_jax.data.loader import Loader, make_loader
 from uld_jax.data.pack import collate
-from uld_jax.data.prompts import Prompt, chat_template, draw_shots, first_line, render
+from uld_jax.data.prompts import (
+    TASKS,
+    Prompt,
+    chat_template,
+    draw_shots,
+    first_line,
+    render,
+    shot_pool,
+)
 from uld_jax.data.signal import Signal, pad_signals, truncate_signal
 from uld_jax.data.signal_codec import decode_signal, encode_signal
 from uld_jax.data.signal_store import SignalStore
 from uld_jax.data.signal_writer import SignalWriter
-from uld_jax.data.tasks import Example, load_examples
+from uld_jax.data.tasks import Example, load_examples, task_of
 from uld_jax.data.tokenize import (
     Encoded,
     Pair,
@@ -26,6 +34,7 @@ from uld_jax.data.tokenize import (
 )
 
 __all__ = [
+    "TASKS",
     "Answer",
     "AnswerWriter",
     "Encoded",
@@ -56,6 +65,8 @@ __all__ = [
     "pairs_or_reasons",
     "positional_pairs",
     "render",
+    "shot_pool",
+    "task_of",
     "truncate_signal",
     "verify_answers",
 ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _QUESTION = Example("1", "qa", "A context.", "A question?", ("An answer.",), "A title")
 _SHOT = Example("2", "qa", "", "Another question?", ("Another answer.",), "")
 _COMPLETION = Example("3", "completion", "", "A prompt", ("A completion",), "")
+_CHAT = Example("4", "chat", "", '[{"role": "user", "content": "A message"}]', ("A reply",), "")
 
 
 def fingerprint_examples(examples: Sequence[Example]) -> str:
@@ -58,12 +59,16 @@ def fingerprint_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> str:
     return _sha256([state, ends, tokenizer.chat_template])
 
 
-def fingerprint_prompts(tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> str:
+def fingerprint_prompts(
+    tokenizer: "PreTrainedTokenizerFast", *, chat: bool, task: str = "qa", titles: bool = False
+) -> str:
     """A checksum of how prompts are written: of made-up items in the template.
 
     Args:
         tokenizer: Of the model.
         chat: Whether they are written in its chat template.
+        task: See `prompts.render`.
+        titles: See `prompts.render`.
 
     Returns:
         SHA-256 in hexadecimal digits.
@@ -75,9 +80,10 @@ def fingerprint_prompts(tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> 
     """
     apply: ChatFn | None = chat_template(tokenizer) if chat else None
     prompts = [
-        render(_QUESTION, shots=[_SHOT], chat=apply),
-        render(_SHOT, chat=apply),
+        render(_QUESTION, shots=[_SHOT], chat=apply, task=task, titles=titles),
+        render(_SHOT, chat=apply, task=task, titles=titles),
         render(_COMPLETION, chat=apply),
+        render(_CHAT, chat=apply),
     ]
     return _sha256([dataclasses.astuple(prompt) for prompt in prompts])
 

@@ -1,30 +1,41 @@
 """Question-answer records and the readers of the files they come in; no TFDS here."""
 
 import dataclasses
-import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from uld_jax.data.json_files import (
+    check_ids,
+    describe,
+    json_lines,
+    objects_of,
+    read_json,
+    text_of,
+    texts_of,
+)
 from uld_jax.errors import UserError
 
 SPLITS = ("train", "eval")
 GROUPS_PER_EVAL_GROUP = 5
+ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One item to be answered.
 
-    A completion record keeps its prompt in `question`, has no context and one answer.
+    A completion or a chat keeps its prompt in `question`, has no context and one answer.
 
     Attributes:
         id: Unique within its source.
-        kind: "qa", or "completion" for a bare prompt and its continuation.
+        kind: "qa"; "completion" for a bare prompt and its continuation; "chat" for messages and
+            the assistant's next one.
         context: The passage the question is about; may be empty.
-        question: The question, or the prompt of a completion.
+        question: The question, empty where a summary is asked for; the prompt of a completion;
+            the messages of a chat so far, [{"role", "content"}, ...] as JSON.
         answers: Accepted answers, at least one; the first is the one to train on.
         title: Name of the article or document; may be empty.
 
@@ -34,7 +45,7 @@ class Example:
     """
 
     id: str
-    kind: Literal["qa", "completion"]
+    kind: Literal["qa", "completion", "chat"]
     context: str
     question: str
     answers: tuple[str, ...]
@@ -53,27 +64,41 @@ def read_squad_json(path: Path) -> dict[str, list[Example]]:
     Raises:
         UserError: The file is absent, is not JSON, or an entry lacks a field.
     """
-    try:
-        document = json.loads("".join(_lines(path)))
-    except json.JSONDecodeError as error:
-        raise _not_json(f"{path}:{error.lineno}", error, "one SQuAD v1.1 JSON document") from error
+    document = read_json(path, "one SQuAD v1.1 JSON document")
     if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object with field 'data', got {_kind(document)}")
-    examples = list(_squad_examples(document, str(path)))
-    _check_ids((example.id, str(path)) for example in examples)
+        raise UserError(
+            f"{path}: expected a JSON object with field 'data', got {describe(document)}"
+        )
+    examples = list(squad_examples(document, str(path)))
+    check_ids((example.id, str(path)) for example in examples)
     return split_by_group((example, example.title) for example in examples)
 
 
-def _squad_examples(document: dict[str, Any], where: str) -> Iterator[Example]:
-    for a, article in enumerate(_objects(document, "data", where)):
+def squad_examples(document: dict[str, Any], where: str) -> Iterator[Example]:
+    """The examples of a SQuAD v1.1 document.
+
+    Args:
+        document: {"data": [{"title", "paragraphs": [{"context", "qas": [...]}]}]}; a question
+            without an id gets its place in the document.
+        where: Names the document in errors.
+
+    Yields:
+        The examples, in their order.
+
+    Raises:
+        UserError: An entry lacks a field or has one of a wrong type.
+    """
+    for a, article in enumerate(objects_of(document, "data", where)):
         at_article = f"{where}: data[{a}]"
-        title = _text(article, "title", at_article)
-        for p, paragraph in enumerate(_objects(article, "paragraphs", at_article)):
+        title = text_of(article, "title", at_article)
+        for p, paragraph in enumerate(objects_of(article, "paragraphs", at_article)):
             at_paragraph = f"{at_article}.paragraphs[{p}]"
-            context = _text(paragraph, "context", at_paragraph)
-            for q, qa in enumerate(_objects(paragraph, "qas", at_paragraph)):
+            context = text_of(paragraph, "context", at_paragraph)
+            for q, qa in enumerate(objects_of(paragraph, "qas", at_paragraph)):
                 at_qa = f"{at_paragraph}.qas[{q}]"
-                texts = [_text(entry, "text", at_qa) for entry in _objects(qa, "answers", at_qa)]
+                texts = [
+                    text_of(entry, "text", at_qa) for entry in objects_of(qa, "answers", at_qa)
+                ]
                 if not texts:
                     raise UserError(
                         f"{at_qa}: field 'answers' is empty, expected at least one answer: "
@@ -83,7 +108,7 @@ def _squad_examples(document: dict[str, Any], where: str) -> Iterator[Example]:
                     id=_identifier(qa, f"{a}-{p}-{q}", at_qa),
                     kind="qa",
                     context=context,
-                    question=_text(qa, "question", at_qa),
+                    question=text_of(qa, "question", at_qa),
                     answers=tuple(texts),
                     title=title,
                 )
@@ -92,9 +117,10 @@ def _squad_examples(document: dict[str, Any], where: str) -> Iterator[Example]:
 def read_qa_jsonl(path: Path) -> dict[str, list[Example]]:
     """Read JSON lines (plain or .gz) and split them.
 
-    Each line is {"context", "question", "answer" or "answers"} or {"prompt", "completion"},
-    with "id", "title" and "split" optional. Where the lines name their split it is obeyed;
-    otherwise they are grouped by title, else context, else prompt, and split by group.
+    Each line is {"context", "question", "answer" or "answers"}, {"prompt", "completion"} or
+    {"messages": [{"role", "content"}, ...]}, whose last message of the assistant is the answer to
+    those before it; "id", "title" and "split" are optional. Where the lines name their split it is
+    obeyed; otherwise they are grouped by title, else context, else prompt, and split by group.
 
     Args:
         path: The file.
@@ -105,9 +131,9 @@ def read_qa_jsonl(path: Path) -> dict[str, list[Example]]:
     Raises:
         UserError: The file is absent, a line is not JSON, lacks a field or has a wrong type.
     """
-    records = list(_json_lines(path))
+    records = list(json_lines(path))
     examples = [(_qa_example(record, where), where) for record, where in records]
-    _check_ids((example.id, where) for example, where in examples)
+    check_ids((example.id, where) for example, where in examples)
     named = [_split_name(record, where) for record, where in records]
     if not any(named):
         return split_by_group(
@@ -132,43 +158,55 @@ def read_qa_jsonl(path: Path) -> dict[str, list[Example]]:
 
 def _qa_example(record: dict[str, Any], where: str) -> Example:
     identifier = _identifier(record, where.rsplit(":", 1)[1], where)
-    title = _text(record, "title", where) if "title" in record else ""
+    title = text_of(record, "title", where) if "title" in record else ""
+    if "messages" in record:
+        prompt, answer = _prompt_and_answer(record, where)
+        return Example(identifier, "chat", "", prompt, (answer,), title)
     if "prompt" in record:
-        completion = _text(record, "completion", where)
+        completion = text_of(record, "completion", where)
         return Example(
             id=identifier,
             kind="completion",
             context="",
-            question=_text(record, "prompt", where),
+            question=text_of(record, "prompt", where),
             answers=(completion,),
             title=title,
         )
     return Example(
         id=identifier,
         kind="qa",
-        context=_text(record, "context", where),
-        question=_text(record, "question", where),
+        context=text_of(record, "context", where),
+        question=text_of(record, "question", where),
         answers=_answers(record, where),
         title=title,
     )
 
 
 def _answers(record: dict[str, Any], where: str) -> tuple[str, ...]:
-    if "answers" not in record:
-        if "answer" not in record:
-            raise UserError(f"{where}: field 'answer' (or 'answers') is missing")
-        return (_text(record, "answer", where),)
-    answers = record["answers"]
-    if not isinstance(answers, list) or not answers:
+    if "answers" in record:
+        return texts_of(record, "answers", where)
+    if "answer" not in record:
+        raise UserError(f"{where}: field 'answer' (or 'answers') is missing")
+    return (text_of(record, "answer", where),)
+
+
+def _prompt_and_answer(record: dict[str, Any], where: str) -> tuple[str, str]:
+    """The messages before the last one of the assistant, as JSON, and its content."""
+    messages = [
+        {field: text_of(message, field, where) for field in ("role", "content")}
+        for message in objects_of(record, "messages", where)
+    ]
+    roles = [message["role"] for message in messages]
+    unknown = sorted(set(roles) - set(ROLES))
+    if unknown:
+        raise UserError(f"{where}: a message's role must be one of {list(ROLES)}, got {unknown}")
+    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+    if not last:
         raise UserError(
-            f"{where}: field 'answers' must be a non-empty list of strings, got {_kind(answers)}"
+            f"{where}: field 'messages' must have an assistant's message after another, got the "
+            f"roles {roles}"
         )
-    for answer in answers:
-        if not isinstance(answer, str):
-            raise UserError(
-                f"{where}: field 'answers' must hold strings only, got {_kind(answer)} in it"
-            )
-    return tuple(answers)
+    return json.dumps(messages[:last], ensure_ascii=False), messages[last]["content"]
 
 
 def read_builtin(directory: Path) -> dict[str, list[Example]]:
@@ -190,13 +228,13 @@ def read_builtin(directory: Path) -> dict[str, list[Example]]:
                 Example(
                     id=f"{split}-{number}-{q}",
                     kind="qa",
-                    context=_text(record, "context", where),
-                    question=_text(qa, "question", where),
-                    answers=(_text(qa, "answer", where),),
-                    title=_text(record, "title", where),
+                    context=text_of(record, "context", where),
+                    question=text_of(qa, "question", where),
+                    answers=(text_of(qa, "answer", where),),
+                    title=text_of(record, "title", where),
                 )
-                for number, (record, where) in enumerate(_json_lines(directory / f"{split}.jsonl"))
-                for q, qa in enumerate(_objects(record, "qas", where))
+                for number, (record, where) in enumerate(json_lines(directory / f"{split}.jsonl"))
+                for q, qa in enumerate(objects_of(record, "qas", where))
             ]
             for split in SPLITS
         }
@@ -241,47 +279,6 @@ def _non_empty(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
     return {split: examples for split, examples in splits.items() if examples}
 
 
-def _lines(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a JSON file: check the path")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}: not a whole gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _not_json(where, error, "one JSON object a line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected a JSON object, got {_kind(record)}")
-        yield record, where
-
-
-def _not_json(where: str, error: json.JSONDecodeError, expected: str) -> UserError:
-    return UserError(f"{where}: not JSON ({error.msg}, column {error.colno}), expected {expected}")
-
-
-def _check_ids(identifiers: Iterable[tuple[str, str]]) -> None:
-    seen: dict[str, str] = {}
-    for identifier, where in identifiers:
-        if identifier in seen:
-            raise UserError(
-                f"{where}: id {identifier!r} is used twice (first in {seen[identifier]})"
-            )
-        seen[identifier] = where
-
-
 def _split_name(record: dict[str, Any], where: str) -> str | None:
     split = record.get("split")
     if split is not None and split not in SPLITS:
@@ -292,27 +289,5 @@ def _split_name(record: dict[str, Any], where: str) -> str | None:
 def _identifier(record: dict[str, Any], default: str, where: str) -> str:
     identifier = record.get("id", default)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise UserError(f"{where}: field 'id' must be a string, got {_kind(identifier)}")
+        raise UserError(f"{where}: field 'id' must be a string, got {describe(identifier)}")
     return str(identifier)
-
-
-def _text(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise UserError(f"{where}: field {field!r} is missing, found {sorted(record)}")
-    if not isinstance(record[field], str):
-        raise UserError(f"{where}: field {field!r} must be a string, got {_kind(record[field])}")
-    return record[field]
-
-
-def _objects(record: dict[str, Any], field: str, where: str) -> list[dict[str, Any]]:
-    if field not in record:
-        raise UserError(f"{where}: field {field!r} is missing, found {sorted(record)}")
-    value = record[field]
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise UserError(f"{where}: field {field!r} must be a list of objects, got {_kind(value)}")
-    return value
-
-
-def _kind(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

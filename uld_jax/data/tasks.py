@@ -1,4 +1,4 @@
-"""Where examples come from: shipped questions, files by path, or a registered TFDS data set."""
+"""Where examples come from: shipped or published questions, files, TFDS, Hugging Face."""
 
 import contextlib
 import dataclasses
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uld_jax.data.answers import answer_id, verify_answers
+from uld_jax.data.answers import answer_id, kind_of, verify_answers
+from uld_jax.data.catalogue import CATALOGUE
+from uld_jax.data.hugging_face import read_hugging_face
 from uld_jax.data.records import SPLITS, Example
+from uld_jax.data.shards import read_manifest
 from uld_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,23 +21,44 @@ if TYPE_CHECKING:
 __all__ = ["Example", "load_examples"]
 
 BUILTIN_DIRECTORY = Path(__file__).parent / "builtin_qa"
-SCHEMES = ("builtin", "squad_json:PATH", "jsonl:PATH", "tfds:NAME", "generated:DIR")
+SCHEMES = (
+    "builtin",
+    *CATALOGUE,
+    "squad_json:PATH",
+    "jsonl:PATH",
+    "tfds:NAME",
+    "hf:ID",
+    "generated:DIR",
+)
 # What a registered data set may call the split that this package calls "eval".
 TFDS_EVAL_SPLITS = ("eval", "validation", "test")
 
 
-def load_examples(source: str, split: str, *, data_dir: str | Path | None = None) -> list[Example]:
+def load_examples(
+    source: str,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    may_be_absent: bool = False,
+) -> list[Example]:
     """Read one split of a data set; the first call prepares it as ArrayRecord.
 
     Args:
-        source: "builtin" (shipped questions), "squad_json:PATH" (a SQuAD v1.1 file),
-            "jsonl:PATH" (JSON lines), "tfds:NAME" (a registered TFDS data set with SQuAD's
-            features; the first use needs the network) or "generated:DIR" (what `uld-jax
-            generate` has written, every byte verified). Files may end in .gz.
-        split: "train" or "eval". A file is split by article, title, context or prompt, so
-            that no text is in both.
+        source: "builtin" (shipped questions), "squad", "qed", "fairytaleqa", "pubmedqa" or
+            "dialogsum" (as published; the first use needs the network, or `manual_dir`),
+            "squad_json:PATH" (a SQuAD v1.1 file), "jsonl:PATH" (JSON lines), "tfds:NAME" (a
+            registered TFDS data set with SQuAD's features; the first use needs the network),
+            "hf:ID" (one of Hugging Face's, see `hugging_face.read_hugging_face`) or
+            "generated:DIR" (what `uld-jax generate` has written, every byte verified). Files may
+            end in .gz.
+        split: "train" or "eval"; of a published data set one of its own as well, where "eval" is
+            the one that the paper evaluates on. A file is split by article, title, context or
+            prompt, so that no text is in both.
         data_dir: Where prepared copies are kept, one per file content. Default
             $ULD_JAX_CACHE/tfds, else ~/.cache/uld_jax/tfds.
+        manual_dir: A folder with the files of a published data set, or with a folder of its name.
+        may_be_absent: Whether a split that is not there counts as an empty one.
 
     Returns:
         The examples, in the order of the file.
@@ -51,35 +75,78 @@ def load_examples(source: str, split: str, *, data_dir: str | Path | None = None
         >>> load_examples(f"jsonl:{folder / 'qa.jsonl'}", "train", data_dir=folder)[0].answers
         ('Norway',)
     """
-    if split not in SPLITS:
+    if split not in SPLITS and source not in CATALOGUE:
         raise UserError(f"split {split!r} of {source}: expected one of {list(SPLITS)}")
     scheme, _, argument = source.partition(":")
-    if scheme == "generated" and argument:
-        return _read_generated(Path(argument).expanduser(), split)
-    builder = _prepare(source, _cache_directory(data_dir))
+    if scheme == "hf" and argument:
+        found = read_hugging_face(argument, split)
+    elif scheme == "generated" and argument:
+        found = _read_generated(Path(argument).expanduser(), split, may_be_absent)
+    else:
+        manual = Path(manual_dir).expanduser() if manual_dir else None
+        found = _read_prepared(_prepare(source, _cache_directory(data_dir), manual), source, split)
+    if isinstance(found, list):
+        return found
+    if may_be_absent:
+        return []
+    if source in CATALOGUE:
+        raise UserError(f"{source}: split {split!r} is not there, expected eval or one of {found}")
+    raise UserError(
+        f"{source}: split {split!r} is empty, expected at least one example; it has {found}: a "
+        "split by group needs two groups, or lines that name their split"
+    )
+
+
+def task_of(source: str) -> str:
+    """How the items of a data set are put where nothing else is asked for.
+
+    Args:
+        source: See `load_examples`.
+
+    Returns:
+        One of `prompts.TASKS`: a published data set's own, that of the questions which a teacher
+        has answered, else "qa".
+
+    Example:
+        >>> task_of("pubmedqa"), task_of("jsonl:qa.jsonl")
+        ('qa_medical', 'qa')
+    """
+    if source in CATALOGUE:
+        return CATALOGUE[source].task
+    scheme, _, argument = source.partition(":")
+    if scheme != "generated":
+        return "qa"
+    return read_manifest(Path(argument).expanduser(), kind_of("train"))["provenance"].get(
+        "task", "qa"
+    )
+
+
+def _read_prepared(
+    builder: "tfds.core.DatasetBuilder", source: str, split: str
+) -> list[Example] | dict[str, int]:
+    """The examples; where there are none, the sizes of the splits that there are."""
+    names, read = (split,), _own_example
     if source.startswith("tfds:"):
         names = TFDS_EVAL_SPLITS if split == "eval" else ("train",)
         read = _squad_like_example
-    else:
-        names, read = (split,), _own_example
+    elif source in CATALOGUE and split == "eval":
+        names = (CATALOGUE[source].evaluated,)
     found = next((name for name in names if name in builder.info.splits), None)
     if found is None:
-        sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
-        raise UserError(
-            f"{source}: split {split!r} is empty, expected at least one example; "
-            f"it has {sizes}: a split by group needs two groups, or lines that name their split"
-        )
+        return {name: info.num_examples for name, info in builder.info.splits.items()}
     # TFDS's decorator hides the method's parameters from type checkers.
     records = builder.as_data_source(split=found)  # pyright: ignore[reportCallIssue]
     return [read(record, source) for record in records.__getitems__(range(len(records)))]
 
 
-def _read_generated(directory: Path, split: str) -> list[Example]:
+def _read_generated(directory: Path, split: str, may_be_absent: bool) -> list[Example]:
     """A teacher's answers, each an example; of several to a question each has its own id."""
     import tensorflow_datasets as tfds
 
     manifest = verify_answers(directory)
     if split != manifest["split"]:
+        if may_be_absent:
+            return []
         raise UserError(
             f"generated:{directory}: split {split!r} is not there, expected the answers' own, "
             f"{manifest['split']!r}: for evaluation name the data set that was answered, "
@@ -103,7 +170,9 @@ def _cache_directory(data_dir: str | Path | None) -> Path:
     return Path(root) / "tfds"
 
 
-def _builder_maker(source: str, directory: Path) -> "Callable[[], tfds.core.DatasetBuilder]":
+def _builder_maker(
+    source: str, directory: Path, manual_dir: Path | None
+) -> "Callable[[], tfds.core.DatasetBuilder]":
     # Half a second of imports that `import uld_jax.data` should not cost.
     import tensorflow_datasets as tfds
 
@@ -112,6 +181,9 @@ def _builder_maker(source: str, directory: Path) -> "Callable[[], tfds.core.Data
     scheme, _, argument = source.partition(":")
     if source == "builtin":
         return lambda: builders.BuiltinQa(directory=BUILTIN_DIRECTORY, data_dir=directory)
+    if source in CATALOGUE:
+        published = builders.PUBLISHED[source]
+        return lambda: published(data_dir=directory, manual_dir=manual_dir)
     if scheme in ("squad_json", "jsonl") and argument:
         path = Path(argument).expanduser()
         if not path.is_file():
@@ -123,7 +195,7 @@ def _builder_maker(source: str, directory: Path) -> "Callable[[], tfds.core.Data
     raise UserError(f"data source {source!r}: expected one of {list(SCHEMES)}")
 
 
-def _prepare(source: str, directory: Path) -> "tfds.core.DatasetBuilder":
+def _prepare(source: str, directory: Path, manual_dir: Path | None) -> "tfds.core.DatasetBuilder":
     """Return a prepared builder.
 
     TFDS writes into a folder beside the target and renames it when complete, so a killed
@@ -132,7 +204,7 @@ def _prepare(source: str, directory: Path) -> "tfds.core.DatasetBuilder":
     """
     from tensorflow_datasets.core import DatasetNotFoundError
 
-    make = _builder_maker(source, directory)
+    make = _builder_maker(source, directory, manual_dir)
     try:
         builder = make()
     except DatasetNotFoundError as error:
@@ -156,9 +228,10 @@ def _decode(value: bytes | str) -> str:
 
 def _own_example(record: dict[str, Any], source: str) -> Example:
     del source  # the record was written by our own builder
+    kind: Any = _decode(record["kind"])
     return Example(
         id=_decode(record["id"]),
-        kind="completion" if _decode(record["kind"]) == "completion" else "qa",
+        kind=kind,
         context=_decode(record["context"]),
         question=_decode(record["question"]),
         answers=tuple(_decode(answer) for answer in record["answers"]),

@@ -72,6 +72,8 @@ class Side:
         shots: Answered examples shown before each question.
         chat: Whether to write prompts in the tokenizer's chat template.
         start_id: The token that an encoder-decoder's decoder reads first; None for a decoder.
+        task: How items are put, one of `prompts.TASKS`.
+        titles: Whether prompts tell the items' titles.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -80,6 +82,8 @@ class Side:
     shots: int = 0
     chat: bool = False
     start_id: int | None = None
+    task: str = "qa"
+    titles: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +343,13 @@ def _prompts(
                 "set chat=False for a base model"
             )
     return [
-        render(example, shots=draw_shots(pool, example, side.shots, seed), chat=chat)
+        render(
+            example,
+            shots=draw_shots(pool, example, side.shots, seed),
+            chat=chat,
+            task=side.task,
+            titles=side.titles,
+        )
         for example in batch
     ]
 

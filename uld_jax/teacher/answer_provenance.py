@@ -41,12 +41,15 @@ def answer_provenance(
         "dtype": asked.dtype,
         "quantize": asked.quantize,
         "tokenizer": fingerprint_tokenizer(side.tokenizer),
-        "prompts": fingerprint_prompts(side.tokenizer, chat=side.chat),
+        "prompts": fingerprint_prompts(
+            side.tokenizer, chat=side.chat, task=side.task, titles=side.titles
+        ),
         "shots": side.shots,
         "shots_seed": config.data.seed if side.shots else None,
         "shots_pool": fingerprint_examples(pool) if side.shots else None,
         "max_length": side.max_length,
         "source": config.data.source,
+        "task": side.task,
         "data": fingerprint_examples(examples),
         "max_new_tokens": asked.max_new_tokens,
         "temperature": decoding.temperature,

@@ -18,6 +18,7 @@ from uld_jax.data import (
     Pair,
     Side,
     SignalStore,
+    fingerprint_prompts,
     fingerprint_tokenizer,
     pairs_or_reasons,
 )
@@ -43,14 +44,20 @@ _MEND = {
 
 
 def teacher_texts(
-    examples: Sequence[Example], answers: Mapping[str, str], side: Side, *, seed: int
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    side: Side,
+    *,
+    pool: Sequence[Example],
+    seed: int,
 ) -> list[Encoded | str]:
     """What the teacher reads of each example.
 
     Args:
-        examples: The training split, which shots are drawn from too.
+        examples: The training split.
         answers: Answer by example id; an example without one is left out.
         side: How the teacher is prompted.
+        pool: Examples that shots are drawn from.
         seed: Decides which shots.
 
     Returns:
@@ -65,7 +72,7 @@ def teacher_texts(
         batch = answered[start : start + BATCH]
         texts = [answers[example.id] for example in batch]
         # The student is not asked, a cache serves any: the teacher stands in its place.
-        pairs = pairs_or_reasons(batch, texts, side, [], pool=examples, seed=seed)
+        pairs = pairs_or_reasons(batch, texts, side, [], pool=pool, seed=seed)
         for example, pair in zip(batch, pairs, strict=True):
             found[example.id] = pair.student if isinstance(pair, Pair) else pair
     return [found.get(example.id, "too_long_teacher") for example in examples]
@@ -208,7 +215,11 @@ def _answers_setup(
     # Greedy answers are the same at any temperature, and are given without an end.
     for unused in ("loss.teacher_temperature", "teacher.append_eos"):
         del fields[unused]
-    return fields | {"teacher.max_new_tokens": config.teacher.max_new_tokens}
+    words = {"chat": side.chat, "task": side.task, "titles": side.titles}
+    return fields | {
+        "prompts": fingerprint_prompts(m.tokenizer, **words),
+        "teacher.max_new_tokens": config.teacher.max_new_tokens,
+    }
 
 
 def _compare(where: str | Path, found: Mapping[str, Any], expected: Provenance) -> None:
