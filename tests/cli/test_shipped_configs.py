@@ -22,11 +22,13 @@ SHIPPED = [
     "quickstart.py",
     "paper/runs.py:mistral,opt-350m,squad",
     "paper/runs.py:llama,mt0-base,pubmedqa",
+    "pods/runs.py:llama",
 ]
 SLOW = [
     "paper/runs.py:mistral,pythia-410m,qed",
     "paper/runs.py:mistral,bloomz-560m,fairytaleqa",
     "paper/runs.py:llama,pythia-160m,dialogsum",
+    "pods/runs.py:qwen_to_gemma",
 ]
 # Published shots of SQuAD, QED, FairytaleQA, PubMedQA and DIALOGSum.
 SHOTS = {"llama": (1, 5, 2, 3, 3), "mistral": (3, 5, 4, 3, 2)}
