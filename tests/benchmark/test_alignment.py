@@ -34,8 +34,8 @@ def test_every_fault_of_a_group_is_found():
         ([((0,), (0,)), ((1,), (1,)), ((2,), (2,))], 2),  # ends that do not meet, then starts
         ([((0,), (0,))], 1),  # open at the end
         ([((0,), (0,)), ((1, 2), (2,))], 3),  # a token left out: not the next, bytes, the end
-        ([good[1], good[0]], 5),  # not in order
-        ([((), ()), *good], 1),  # empty
+        ([good[1], good[0]], 7),  # not in order
+        ([((), ()), *good], 2),  # empty on both sides
     ):
         assert len(group_faults("abcd", student, teacher, groups)) == faults, groups
 

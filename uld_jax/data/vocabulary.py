@@ -52,12 +52,10 @@ class TokenBytes:
         kinds = _kinds(tokenizer)
         self._byte_level = "ByteLevel" in kinds
         self._byte_tokens = "ByteFallback" in kinds
-        special = {id for id, token in self._added.items() if token.special}
-        special |= set(tokenizer.all_special_ids)
+        special = {id: token.content for id, token in self._added.items() if token.special}
+        named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         # Whoever trains a tokenizer may have to declare its byte tokens as special.
-        self._special = {
-            id for id in special if not self.is_byte(str(tokenizer.convert_ids_to_tokens(id)))
-        }
+        self._special = {id for id, text in (special | named).items() if not self.is_byte(text)}
         self._marks = bool(kinds & {"Metaspace", _MARK})
         self._word_piece = "WordPiece" in kinds
         names: Any = (tokenizer, tokenizer.backend_tokenizer.model)
