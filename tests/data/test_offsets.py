@@ -219,6 +219,29 @@ def test_a_tokenizer_without_offsets(byte_tokenizer):
     assert not faults(PLAIN, offsets, byte_offsets(byte_tokenizer, PLAIN)[1])
 
 
+class Letters(Slow):
+    """Each token is one letter, whatever the text was."""
+
+    def __init__(self, letters):
+        self._letters = letters
+
+    def decode(self, ids, **options):
+        return "".join(self._letters[id] for id in ids)
+
+
+@pytest.mark.parametrize(
+    ("letters", "text", "expected"),
+    [
+        ("x?!y", "xABy", [(0, 1), (1, 3), (1, 3), (3, 4)]),
+        ("xAAy", "xAy", [(0, 1), (1, 2), (1, 2), (2, 3)]),
+        ("xy", "xABy", [(0, 1), (1, 4)]),
+        ("xy", "xyAB", [(0, 1), (1, 4)]),
+    ],
+)
+def test_tokens_of_a_stretch_that_differs_share_it(letters, text, expected):
+    assert decoded_offsets(Letters(letters), range(len(letters)), text) == expected
+
+
 def test_tokens_that_decode_to_nothing(byte_tokenizer):
     class Mute(Slow):
         def decode(self, ids, **options):
@@ -234,6 +257,9 @@ def test_tokens_that_decode_to_nothing(byte_tokenizer):
         pytest.param("é", [b"\xc3", b"\xa9"], [(0, 1)] * 2, [(0, 1), (1, 2)], id="split"),
         pytest.param("a b", [b" a", b" b"], [(0, 1), (1, 3)], [(0, 1), (1, 3)], id="added space"),
         pytest.param("ab", [b" ", b"ab"], [(0, 0), (0, 2)], [(0, 0), (0, 2)], id="a lone mark"),
+        pytest.param(
+            "a  b", [b"a ", b" b"], [(0, 1), (3, 4)], [(0, 2), (2, 4)], id="bytes before offsets"
+        ),
         pytest.param("A b", [b"a", b"b"], [(0, 1), (2, 3)], [(0, 1), (1, 3)], id="no white space"),
         pytest.param("A ", [b"a"], [(0, 1)], [(0, 2)], id="none at the end"),
         pytest.param("A  b", [b"a", b"  b"], [(0, 1), (3, 4)], [(0, 1), (1, 4)], id="trimmed"),
@@ -258,6 +284,20 @@ def test_tokens_that_decode_to_nothing(byte_tokenizer):
             [(0, 1), (2, 3), (1, 2), (2, 3)],
             [(0, 1), (1, 4), (1, 4), (1, 4)],
             id="offsets that decrease",
+        ),
+        pytest.param(
+            "AbCdEf",
+            [b"abcd", b"ef", b"x"],
+            [(0, 4), (4, 6), (2, 6)],
+            [(0, 6)] * 3,
+            id="a start before that of the token before",
+        ),
+        pytest.param(
+            "Oslo",
+            [b"r", b": ", b"Oslo"],
+            [(-3, -2), (-2, 0), (0, 4)],
+            [(0, 0), (0, 0), (0, 4)],
+            id="two tokens before a tail",
         ),
         pytest.param("Oslo", [b"e: ", b"Oslo"], [(-3, 0), (0, 4)], [(0, 0), (0, 4)], id="a tail"),
         pytest.param("Oslo", [b": O", b"slo"], [(-2, 1), (1, 4)], [(0, 1), (1, 4)], id="straddles"),

@@ -276,17 +276,22 @@ def _positions(decoded: str, text: str) -> tuple[list[int], list[int]]:
     codes = difflib.SequenceMatcher(None, *keys, autojunk=False).get_opcodes()
     low: list[int] = []
     high: list[int] = []
+    border = 0
     for tag, first, last, start, stop in codes:
         if tag == "equal":
             own = [*range(start, stop)]
             low += own
             high += own
-        elif stop > start and last > first:
+        elif stop > start:
             # Where it begins there is no doubt, only inside of it.
             low += [start] * (last - first)
-            high += [start] + [stop] * (last - first - 1)
+            high += [start] + [stop] * (last - first - 1) if last > first else []
         else:
             # More characters than in the text: they belong to the one before them.
             low += [max(0, start - 1)] * (last - first)
             high += [start] * (last - first)
+        if last > first and stop > start:
+            # Characters that are only in the text go to the token after them.
+            low[first] = high[first] = border
+        border = border if last == first else stop
     return [*low, len(text)], [*high, len(text)]
