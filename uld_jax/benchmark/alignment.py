@@ -28,7 +28,7 @@ def measure_alignment(
 
     Returns:
         "texts" and "bytes": how many; "tokenizers": by name "tokens", "tokenise_us" and
-        "offsets_us", microseconds a token of tokenising, and of that with byte offsets;
+        "offsets_us", processor's microseconds a token of tokenising, and of that with byte offsets;
         "pairs": of each its "student", "teacher", tokens that they "matched", "groups", how many
         are "one_to_one", tokens of the "largest", the "covered" share of all bytes, "violations"
         (see `group_faults`) and "align_us", microseconds a token of both sides.
@@ -103,12 +103,15 @@ def _of_pair(
 
 
 def _microseconds(run: Callable[[], None], count: int, repeats: int) -> float:
-    """The median of some rounds, after an untimed one, over `count`."""
+    """The median of some rounds, after an untimed one, over `count`.
+
+    Of the processor's time: nothing here waits, or uses more than one thread.
+    """
     seconds = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return 1e6 * quartiles(seconds[1:])[1] / max(1, count)
 
 

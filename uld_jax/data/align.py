@@ -67,12 +67,14 @@ def align_spans(student_offsets: Sequence[Span], teacher_offsets: Sequence[Span]
         # An end that one side has nothing after closes no group: the last one takes the rest.
         last = 2 * min(student.end, teacher.end)
         stops = teacher.stops
-        shared = [
-            (s, stops[key]) for key, s in student.stops.items() if key in stops and key < last
-        ]
-        for s, t in (*shared, (student.wide, teacher.wide)):
-            groups.append((tuple(range(i, s)), tuple(range(j, t))))
-            i, j = s, t
+        for key, s in student.stops.items():
+            if key in stops and key < last:
+                t = stops[key]
+                # Most groups are one token on both sides, for which range is slow.
+                own = (i,) if s == i + 1 else tuple(range(i, s))
+                groups.append((own, (j,) if t == j + 1 else tuple(range(j, t))))
+                i, j = s, t
+        groups.append((tuple(range(i, student.wide)), tuple(range(j, teacher.wide))))
     n, m = len(student_offsets), len(teacher_offsets)
     if student.wide < n and teacher.wide < m:
         groups.append((tuple(range(student.wide, n)), tuple(range(teacher.wide, m))))
