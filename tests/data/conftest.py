@@ -93,3 +93,52 @@ def eos_tokenizer():
 def tokenizer(request):
     """Each of the above in turn."""
     return request.getfixturevalue(request.param)
+
+
+def _unigram(byte_fallback):
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    spaces = normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), spaces])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300 + len(bytes_),
+        special_tokens=["<pad>", "</s>", "<unk>", *bytes_],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["model"]["byte_fallback"] = byte_fallback
+    # The byte tokens are for what has no other: text that looks like one is not one.
+    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+    steps = [decoders.ByteFallback()] if byte_fallback else []
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def unigram_tokenizer():
+    """A Unigram model as T5's: NFKC, one space for many, unknown characters are <unk>."""
+    return _unigram(byte_fallback=False)
+
+
+@pytest.fixture(scope="session")
+def unigram_bytes_tokenizer():
+    """The same as mT5's: unknown characters become byte tokens."""
+    return _unigram(byte_fallback=True)
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """An uncased WordPiece as BERT's: no white space, lower case, accents dropped."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[UNK]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[SEP]")

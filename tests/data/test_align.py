@@ -70,7 +70,25 @@ def test_rows_of_the_golden_fixture():
             [((0,), (0,)), ((1,), (1,))],
             id="a word mark without width on both sides",
         ),
-        pytest.param([(0, 0), (0, 2)], [(0, 2)], [((1,), (0,))], id="on one side only"),
+        pytest.param(
+            [(0, 0), (0, 2)],
+            [(0, 2)],
+            [((0, 1), (0,))],
+            id="on one side only: with the token that follows",
+        ),
+        pytest.param(
+            [(0, 2), (2, 2), (2, 4)],
+            [(0, 2), (2, 4)],
+            [((0,), (0,)), ((1, 2), (1,))],
+            id="the same inside of the text",
+        ),
+        pytest.param(
+            [(0, 2), (1, 3), (3, 4)],
+            [(0, 2), (2, 3), (3, 4)],
+            [((0, 1), (0, 1)), ((2,), (2,))],
+            id="an end inside a span of the token that follows",
+        ),
+        pytest.param([(0, 2), (2, 2)], [(0, 0), (0, 2)], [((0,), (0, 1))], id="EOS against a mark"),
         pytest.param([(0, 0)], [(0, 0)], [((0,), (0,))], id="EOS alone"),
         pytest.param(
             [(1, 4)], [(0, 1), (1, 4)], [((0,), (0, 1))], id="a separator on one side only"

@@ -255,3 +255,63 @@ def test_signals_stand_where_the_teachers_positions_would(caches):
         assert not array[0, 0, [2, 5]].any()
     with pytest.raises(UserError, match="example '0' has 3 answer positions, expected 2: it was"):
         collate(pairs, teacher_lengths=(0, 0), signals=(caches[1], caches[1]), **options)
+
+
+def spanned(prompt, spans, base):
+    tokens = np.arange(base, base + prompt + len(spans), dtype=np.int32)
+    answer = np.arange(prompt, prompt + len(spans), dtype=np.int32)
+    return Encoded(tokens, answer, spans=np.array(spans, np.int32).reshape(-1, 2))
+
+
+# The rows of LOSSES.md's fixture, with their end-of-text tokens.
+ROWS = (
+    ([(0, 3), (3, 5), (5, 5)], [(0, 1), (1, 3), (3, 5), (5, 5)]),
+    ([(0, 1), (1, 2), (2, 4), (4, 6), (6, 6)], [(0, 2), (2, 6), (6, 6)]),
+)
+
+
+def test_spans_pair_the_first_tokens_of_groups():
+    pairs = [
+        Pair(str(n), spanned(2, student, 100), (spanned(3, teacher, 500),))
+        for n, (student, teacher) in enumerate(ROWS)
+    ]
+    options = {"alignment": "span", "student_length": 8, "positions": 9}
+    batch = pack(pairs, **options)
+    # Groups {0}{0 1}, {1}{2}, EOS; then {0 1}{0}, {2 3}{1}, EOS; the student's answers follow.
+    np.testing.assert_array_equal(batch["teacher_uld_weight"][0, 0], [1, 1, 1, 1, 0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(batch["teacher_index"][0, 0], [2, 4, 5, 12, 0, 13, 0, 14, 0])
+    np.testing.assert_array_equal(batch["ce_weight"][0, 0], [1] * 8 + [0])
+    skipped = pack(pairs, **options, skip_student_eos=True, skip_teacher_eos=True)
+    np.testing.assert_array_equal(skipped["teacher_uld_weight"][0, 0], [1, 1, 0, 1, 0, 1, 0, 0, 0])
+    one_sided = pack(pairs, **options, skip_student_eos=True)
+    for name in ("teacher_uld_weight", "teacher_index"):
+        np.testing.assert_array_equal(one_sided[name], skipped[name])
+    official = pack(pairs, **options, convention="official", skip_student_eos=True)
+    np.testing.assert_allclose(
+        official["teacher_uld_weight"][0, 0], [0.5, 0.5, 0, 0.5, 0, 0.5, 0, 0, 0]
+    )
+
+
+@given(PAIRS)
+def test_equal_spans_are_positions(pairs):
+    def with_spans(read):
+        ends = np.arange(len(read.answer) + 1)
+        spans = np.stack([ends[:-1], ends[1:]], axis=1)
+        return Encoded(read.tokens, read.answer, spans=spans)
+
+    # Cut to the shorter answer, positions and spans of a byte a token say the same.
+    pairs = [
+        pair
+        and Pair(pair.id, with_spans(pair.student), tuple(with_spans(t) for t in pair.teachers))
+        for pair in pairs
+    ]
+    equal = [p for p in pairs if p and len(p.student.answer) == len(p.teachers[0].answer)]
+    options = {"student_length": 64, "teacher_lengths": [64], "positions": 128}
+    if equal:
+        for name, array in pack(equal, **options).items():
+            np.testing.assert_array_equal(array, pack(equal, **options, alignment="span")[name])
+
+
+def test_answers_without_spans_cannot_be_aligned_by_them():
+    with pytest.raises(ValueError, match="an answer of 3 tokens has 0 spans, expected as many"):
+        pack([pair((2, 3), (4, 2))], alignment="span")

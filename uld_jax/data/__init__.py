@@ -8,6 +8,7 @@ from uld_jax.data.fingerprints import (
     fingerprint_tokenizer,
 )
 from uld_jax.data.loader import Loader, make_loader
+from uld_jax.data.offsets import byte_offsets, decoded_offsets
 from uld_jax.data.pack import collate
 from uld_jax.data.prompts import (
     TASKS,
@@ -32,6 +33,7 @@ from uld_jax.data.tokenize import (
     encode_prompts,
     pairs_or_reasons,
 )
+from uld_jax.data.vocabulary import MatchedVocabulary, TokenBytes, match_vocabularies
 
 __all__ = [
     "TASKS",
@@ -40,16 +42,20 @@ __all__ = [
     "Encoded",
     "Example",
     "Loader",
+    "MatchedVocabulary",
     "Pair",
     "Prompt",
     "Side",
     "Signal",
     "SignalStore",
     "SignalWriter",
+    "TokenBytes",
     "align_spans",
+    "byte_offsets",
     "chat_template",
     "collate",
     "decode_signal",
+    "decoded_offsets",
     "draw_shots",
     "encode",
     "encode_pairs",
@@ -61,6 +67,7 @@ __all__ = [
     "first_line",
     "load_examples",
     "make_loader",
+    "match_vocabularies",
     "pad_signals",
     "pairs_or_reasons",
     "positional_pairs",

@@ -1,6 +1,7 @@
 """Which answer tokens of the student go with which of the teacher."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Span = tuple[int, int]
 Group = tuple[tuple[int, ...], tuple[int, ...]]
@@ -35,13 +36,15 @@ def positional_pairs(
 def align_spans(student_offsets: Sequence[Span], teacher_offsets: Sequence[Span]) -> list[Group]:
     """Group the tokens of two tokenisations of one text that cover the same bytes.
 
-    A group closes where a student token and a teacher token end at the same byte. Tokens that
-    share a character split over several of them, and so repeat its span, stay together. If the
-    two ends of the text do not meet, the last group takes what is left on both sides.
+    A group closes where a token of each side ends at the same byte and the next begins no
+    earlier: tokens whose spans overlap, such as those of a split character that repeat its span,
+    stay together. If the two ends of the text do not meet, the last group takes what is left on
+    both sides.
 
-    Tokens of no width are grouped apart: those after the last token of width, such as
-    end-of-text, with those of the other side; others, such as a lone word mark, with those at
-    the same byte on the other side. Where the other side has none they are in no group.
+    Tokens of no width, such as a lone word mark, are a group with those at the same byte on the
+    other side; where that has none, they are in the group of the token that follows. Those after
+    the last token of width, such as end-of-text, are a group with those of the other side; where
+    that has none, they are in no group.
 
     Args:
         student_offsets: [start, end) bytes of each token; starts and ends never decrease.
@@ -57,60 +60,58 @@ def align_spans(student_offsets: Sequence[Span], teacher_offsets: Sequence[Span]
         >>> align_spans([(0, 1), (1, 2), (2, 6), (6, 6)], [(0, 2), (2, 6), (6, 6)])
         [((0, 1), (0,)), ((2,), (1,)), ((3,), (2,))]
     """
-    for name, offsets in (("student", student_offsets), ("teacher", teacher_offsets)):
-        _check_monotone(name, offsets)
-    student, teacher = _Tokens(student_offsets), _Tokens(teacher_offsets)
-    groups = _close_where_ends_meet(student, teacher)
-    for byte in student.inner.keys() & teacher.inner.keys():
-        groups.append((tuple(student.inner[byte]), tuple(teacher.inner[byte])))
-    groups.sort()
-    if student.trailing and teacher.trailing:
-        groups.append((tuple(student.trailing), tuple(teacher.trailing)))
+    student, teacher = _cuts("student", student_offsets), _cuts("teacher", teacher_offsets)
+    groups: list[Group] = []
+    i = j = 0
+    if student.wide and teacher.wide:
+        # An end that one side has nothing after closes no group: the last one takes the rest.
+        last = 2 * min(student.end, teacher.end)
+        stops = teacher.stops
+        for key, s in student.stops.items():
+            if key in stops and key < last:
+                t = stops[key]
+                # Most groups are one token on both sides, for which range is slow.
+                own = (i,) if s == i + 1 else tuple(range(i, s))
+                groups.append((own, (j,) if t == j + 1 else tuple(range(j, t))))
+                i, j = s, t
+        groups.append((tuple(range(i, student.wide)), tuple(range(j, teacher.wide))))
+    n, m = len(student_offsets), len(teacher_offsets)
+    if student.wide < n and teacher.wide < m:
+        groups.append((tuple(range(student.wide, n)), tuple(range(teacher.wide, m))))
     return groups
 
 
-class _Tokens:
-    """Token indices of one side: wide ones with their ends, and those of no width."""
+class _Cuts(NamedTuple):
+    """Where one side's groups may end.
 
-    def __init__(self, offsets: Sequence[Span]) -> None:
-        self.wide = [i for i, (start, end) in enumerate(offsets) if end > start]
-        self.ends = [offsets[i][1] for i in self.wide]
-        after = self.wide[-1] + 1 if self.wide else 0
-        self.trailing = list(range(after, len(offsets)))
-        self.inner: dict[int, list[int]] = {}
-        for i, (start, end) in enumerate(offsets[:after]):
-            if start == end:
-                self.inner.setdefault(start, []).append(i)
+    Attributes:
+        stops: By 2 · byte, and that + 1 after tokens of no width at the byte, ascending: how many
+            tokens lie before.
+        wide: How many tokens there are up to the last of width.
+        end: Its last byte.
+    """
 
-
-def _close_where_ends_meet(student: _Tokens, teacher: _Tokens) -> list[Group]:
-    if not student.ends or not teacher.ends:
-        return []
-    last_ends = (student.ends[-1], teacher.ends[-1])
-    met = sorted(set(student.ends) & set(teacher.ends))
-    # An end that one side has nothing after closes no group: the last one takes the rest.
-    borders = [end for end in met if end < min(last_ends)] + [max(last_ends)]
-    return list(zip(_cut(student, borders), _cut(teacher, borders), strict=True))
+    stops: dict[int, int]
+    wide: int
+    end: int
 
 
-def _cut(side: _Tokens, borders: list[int]) -> list[tuple[int, ...]]:
-    parts: list[tuple[int, ...]] = []
-    start = 0
-    for border in borders:
-        stop = start
-        while stop < len(side.ends) and side.ends[stop] <= border:
-            stop += 1
-        parts.append(tuple(side.wide[start:stop]))
-        start = stop
-    return parts
-
-
-def _check_monotone(name: str, offsets: Sequence[Span]) -> None:
-    last = (0, 0)
-    for i, (start, end) in enumerate(offsets):
-        if end < start or start < last[0] or end < last[1]:
+def _cuts(name: str, offsets: Sequence[Span]) -> _Cuts:
+    stops: dict[int, int] = {}
+    wide = last_start = last_end = widest = 0
+    for stop, (start, end) in enumerate(offsets, 1):
+        if end < start or start < last_start or end < last_end:
             raise ValueError(
-                f"{name} token {i} spans [{start}, {end}) after [{last[0]}, {last[1]}): "
+                f"{name} token {stop - 1} spans [{start}, {end}) after [{last_start}, {last_end}): "
                 "starts and ends must not decrease"
             )
-        last = (start, end)
+        if start < last_end:
+            while stops and (key := next(reversed(stops))) // 2 > start:
+                del stops[key]
+        if end > start:
+            stops[2 * end] = wide = stop
+            widest = end
+        else:
+            stops[2 * end + 1] = stop
+        last_start, last_end = start, end
+    return _Cuts(stops, wide, widest)

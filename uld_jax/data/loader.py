@@ -192,6 +192,7 @@ def make_loader(
     convention: str = "token_mean",
     skip_student_eos: bool = True,
     skip_teacher_eos: bool = False,
+    alignment: str = "positional",
     student_pad_id: int = 0,
     teacher_pad_id: int = 0,
 ) -> Loader:
@@ -221,6 +222,7 @@ def make_loader(
         convention: See `pack.collate`, as are the arguments below.
         skip_student_eos: Leave the student's last answer token out of the alignment.
         skip_teacher_eos: Leave a teacher's last answer token out of the alignment.
+        alignment: Which positions go together.
         student_pad_id: Fills up student rows.
         teacher_pad_id: Fills up teacher rows.
 
@@ -251,6 +253,7 @@ def make_loader(
         "convention": convention,
         "skip_student_eos": skip_student_eos,
         "skip_teacher_eos": skip_teacher_eos,
+        "alignment": alignment,
         "student_pad_id": student_pad_id,
         "teacher_pad_id": teacher_pad_id,
     }

@@ -1,11 +1,12 @@
 """Pairs as the arrays of one training batch."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from uld_jax.data.align import positional_pairs
+from uld_jax.data.align import align_spans, positional_pairs
 from uld_jax.data.signal import pad_signals
 from uld_jax.data.signal_store import SignalStore
 from uld_jax.data.tokenize import Encoded, Pair
@@ -31,6 +32,7 @@ def collate(
     skip_teacher_eos: bool,
     student_pad_id: int,
     teacher_pad_id: int,
+    alignment: str = "positional",
     student_encoder_length: int = 0,
     teacher_encoder_lengths: Sequence[int] = (0,),
     signals: Sequence[SignalStore | None] = (None,),
@@ -55,6 +57,9 @@ def collate(
         skip_teacher_eos: Leave a teacher's last answer token out of the alignment.
         student_pad_id: Fills up student rows.
         teacher_pad_id: Fills up teacher rows.
+        alignment: Which answer positions of the student go with which of a teacher, a key of
+            `ALIGNMENTS`: "positional", the i-th with the i-th; or "span", where both are to
+            predict what follows the same text: the first tokens of the groups of `align_spans`.
         student_encoder_length: P, tokens a prompt in the student's encoder is padded to; 0 where
             it has none.
         teacher_encoder_lengths: The teachers'.
@@ -75,7 +80,8 @@ def collate(
             [M, G, N, K], tail_mass and error float32 [M, G, N].
 
     Raises:
-        ValueError: Rows do not divide into groups, or T, S or N is too small.
+        ValueError: Rows do not divide into groups, T, S or N is too small, or answers without
+            the bytes of their tokens are to be aligned by them.
         UserError: A cache has another number of positions for an answer than the teacher.
     """
     if len(pairs) % (micro_batches * groups):
@@ -94,18 +100,19 @@ def collate(
     }
     batch |= _stack([_student_positions(b, student_length, positions) for b in blocks], by_group)
     skips = {"skip_student_eos": skip_student_eos, "skip_teacher_eos": skip_teacher_eos}
+    align = functools.partial(ALIGNMENTS[alignment], **skips)
     teachers = []
     for i, (length, encoder_length, store) in enumerate(
         zip(teacher_lengths, teacher_encoder_lengths, signals, strict=True)
     ):
-        aligned = [[*_aligned(block, i, **skips)] for block in blocks]
-        weights = [_weights(spans, positions, POSITION_WEIGHT[convention]) for spans in aligned]
+        aligned = [[*_aligned(block, i, align)] for block in blocks]
+        weights = [_weights(each, positions, POSITION_WEIGHT[convention]) for each in aligned]
         teacher = _stack(weights, by_group)
         if store is not None:
-            own = [_signal_positions(spans, store, positions) for spans in aligned]
+            own = [_signal_positions(each, store, positions) for each in aligned]
             teacher["signal"] = _stack(own, by_group)
         else:
-            own = [_teacher_positions(spans, length, positions) for spans in aligned]
+            own = [_teacher_positions(each, length, positions) for each in aligned]
             teacher |= _stack(own, by_group)
             read = [pair and pair.teachers[i] for pair in pairs]
             tokens = _pad_rows("teacher", read, length, encoder_length, teacher_pad_id)
@@ -171,69 +178,103 @@ def _student_positions(
     return group
 
 
-class _Span(NamedTuple):
-    """The positions that an answer has in common with a teacher's, of one row of a group."""
+Indices = tuple[np.ndarray, np.ndarray]
+
+
+def _by_position(
+    student: Encoded, teacher: Encoded, *, skip_student_eos: bool, skip_teacher_eos: bool
+) -> Indices:
+    count = positional_pairs(
+        len(student.answer),
+        len(teacher.answer),
+        skip_student_eos=skip_student_eos,
+        skip_teacher_eos=skip_teacher_eos,
+    )
+    return np.arange(count), np.arange(count)
+
+
+def _by_span(
+    student: Encoded, teacher: Encoded, *, skip_student_eos: bool, skip_teacher_eos: bool
+) -> Indices:
+    spans = []
+    for read, skip in ((student, skip_student_eos), (teacher, skip_teacher_eos)):
+        if len(read.spans) != len(read.answer):
+            raise ValueError(
+                f"an answer of {len(read.answer)} tokens has {len(read.spans)} spans, expected as "
+                "many: encode it with `encode_pairs`"
+            )
+        spans.append(read.spans[: len(read.spans) - skip].tolist())
+    firsts = [(s[0], t[0]) for s, t in align_spans(*spans)]
+    both = np.asarray(firsts, np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+# Which of an answer's tokens go together: indices into both sides' answers.
+ALIGNMENTS: dict[str, Callable[..., Indices]] = {"positional": _by_position, "span": _by_span}
+
+
+class _Aligned(NamedTuple):
+    """The positions that an answer has in common with a teacher's, of one row of a group.
+
+    Attributes:
+        row: In the group.
+        id: Of the example.
+        teacher: What it reads.
+        positions: int [n], of the group's N.
+        theirs: int [n], of the teacher's answer.
+    """
 
     row: int
     id: str
     teacher: Encoded
-    start: int
-    count: int
-
-    @property
-    def positions(self) -> slice:
-        return slice(self.start, self.start + self.count)
+    positions: np.ndarray
+    theirs: np.ndarray
 
 
 def _aligned(
-    block: Sequence[Pair | None], teacher: int, *, skip_student_eos: bool, skip_teacher_eos: bool
-) -> Iterator[_Span]:
+    block: Sequence[Pair | None], teacher: int, align: Callable[[Encoded, Encoded], Indices]
+) -> Iterator[_Aligned]:
     for row, pair, start in _answers(block):
         encoded = pair.teachers[teacher]
-        count = positional_pairs(
-            len(pair.student.answer),
-            len(encoded.answer),
-            skip_student_eos=skip_student_eos,
-            skip_teacher_eos=skip_teacher_eos,
-        )
-        yield _Span(row, pair.id, encoded, start, count)
+        own, theirs = align(pair.student, encoded)
+        yield _Aligned(row, pair.id, encoded, start + own, theirs)
 
 
 def _weights(
-    spans: Sequence[_Span], positions: int, weight: Callable[[int], float]
+    aligned: Sequence[_Aligned], positions: int, weight: Callable[[int], float]
 ) -> dict[str, np.ndarray]:
     uld_weight = np.zeros(positions, np.float32)
-    for span in spans:
-        uld_weight[span.positions] = weight(max(span.count, 1))
+    for each in aligned:
+        uld_weight[each.positions] = weight(max(len(each.positions), 1))
     return {"uld_weight": uld_weight}
 
 
 def _teacher_positions(
-    spans: Sequence[_Span], length: int, positions: int
+    aligned: Sequence[_Aligned], length: int, positions: int
 ) -> dict[str, np.ndarray]:
     """Where the teacher's hidden states stand."""
     index = np.zeros(positions, np.int32)
-    for span in spans:
-        own = span.teacher.answer[: span.count]
-        index[span.positions] = span.row * length + own - 1
+    for each in aligned:
+        own = each.teacher.answer[each.theirs]
+        index[each.positions] = each.row * length + own - 1
     return {"index": index}
 
 
 def _signal_positions(
-    spans: Sequence[_Span], store: SignalStore, positions: int
+    aligned: Sequence[_Aligned], store: SignalStore, positions: int
 ) -> dict[str, np.ndarray]:
     """What the cache has of them."""
     group = {"probs": np.zeros((positions, store.max_count), np.float32)}
     group |= {name: np.zeros(positions, np.float32) for name in ("tail_mass", "error")}
-    for span in spans:
-        signal, expected = store[span.id], len(span.teacher.answer)
+    for each in aligned:
+        signal, expected = store[each.id], len(each.teacher.answer)
         if len(signal) != expected:
             raise UserError(
-                f"teacher cache: example {span.id!r} has {len(signal)} answer positions, expected "
+                f"teacher cache: example {each.id!r} has {len(signal)} answer positions, expected "
                 f"{expected}: it was made for other answers, run `uld-jax cache` again"
             )
         probs, tail_mass = pad_signals([signal], store.max_count)
-        group["probs"][span.positions] = probs[: span.count]
-        group["tail_mass"][span.positions] = tail_mass[: span.count]
-        group["error"][span.positions] = signal.error[: span.count]
+        group["probs"][each.positions] = probs[each.theirs]
+        group["tail_mass"][each.positions] = tail_mass[each.theirs]
+        group["error"][each.positions] = signal.error[each.theirs]
     return group

@@ -1,13 +1,16 @@
 """Prompts and answers as token ids, with the positions of the answer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from uld_jax.data.offsets import normalizer_of, spans_of_tokens
 from uld_jax.data.prompts import ChatFn, Prompt, chat_template, draw_shots, render
 from uld_jax.data.records import Example
+from uld_jax.data.vocabulary import TokenBytes
 from uld_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +29,14 @@ class Encoded:
             start token and the answer.
         answer: int32 [n], indices into `tokens` of the answer's tokens, ascending, never 0.
         encoder: int32 [P], the prompt of an encoder-decoder; empty for a decoder.
+        spans: int32 [n, 2], [start, end) bytes of the answer's text that its tokens cover, see
+            `align_spans`; [0, 2] where nobody found them.
     """
 
     tokens: np.ndarray
     answer: np.ndarray
     encoder: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    spans: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
 
     @property
     def prompt(self) -> np.ndarray:
@@ -84,6 +90,11 @@ class Side:
     start_id: int | None = None
     task: str = "qa"
     titles: bool = False
+
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What its tokens stand for."""
+        return TokenBytes(self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,22 +161,42 @@ def _encode_many(side: Side, prompts: Sequence[Prompt], answers: Sequence[str]) 
     if side.start_id is not None:
         prompt_ids = _token_ids(side, [prompt.text for prompt in prompts], special=not side.chat)
         answer_ids = _token_ids(side, answers, special=False)
-        for (prompt, _), (answer, _) in zip(prompt_ids, answer_ids, strict=True):
+        for (prompt, _), text, (answer, offsets) in zip(
+            prompt_ids, answers, answer_ids, strict=True
+        ):
             tokens = np.asarray([side.start_id, *answer, *tail], np.int32)
             positions = np.arange(1, len(tokens), dtype=np.int32)
-            encoded.append(Encoded(tokens, positions, np.asarray([*prompt, eos_id], np.int32)))
+            spans = _spans(side, text, answer, offsets[: len(answer)], len(tail))
+            prompt_tokens = np.asarray([*prompt, eos_id], np.int32)
+            encoded.append(Encoded(tokens, positions, prompt_tokens, spans))
         return encoded
     texts = [
         prompt.text + prompt.separator + answer
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     text_ids = _token_ids(side, texts, special=not side.chat)
-    for prompt, (kept, offsets) in zip(prompts, text_ids, strict=True):
+    for prompt, text, (kept, offsets) in zip(prompts, answers, text_ids, strict=True):
         border = len(prompt.text)
-        answer = [i for i, (_, end) in enumerate(offsets[: len(kept)]) if i > 0 and end > border]
-        positions = answer + [len(kept)] * bool(tail and kept)
-        encoded.append(Encoded(np.asarray(kept + tail, np.int32), np.asarray(positions, np.int32)))
+        own = [i for i, (_, end) in enumerate(offsets[: len(kept)]) if end > border]
+        start = border + len(prompt.separator)
+        characters = [(offsets[i][0] - start, offsets[i][1] - start) for i in own]
+        more = len(tail) if kept else 0
+        spans = _spans(side, text, [kept[i] for i in own], characters, more)
+        answer = [i for i in own if i > 0]
+        positions = np.asarray(answer + [len(kept)] * more, np.int32)
+        spans = spans[len(own) - len(answer) :]
+        encoded.append(Encoded(np.asarray(kept + tail, np.int32), positions, spans=spans))
     return encoded
+
+
+def _spans(
+    side: Side, text: str, ids: list[int], characters: Sequence[tuple[int, int]], ends: int
+) -> np.ndarray:
+    """Bytes of the answer's tokens, and of the end-of-text tokens behind them."""
+    normalize = normalizer_of(side.tokenizer)
+    spans = spans_of_tokens(text, side.token_bytes(ids), characters, normalize) if ids else []
+    last = len(text.encode("utf-8", "surrogatepass"))
+    return np.asarray([*spans, *[(last, last)] * ends], np.int32).reshape(-1, 2)
 
 
 def _token_ids(
