@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uld_jax.data.answers import answer_id, verify_answers
+from uld_jax.data.answers import answer_id, open_answers
 from uld_jax.data.records import SPLITS, Example
 from uld_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def load_examples(source: str, split: str, *, data_dir: str | Path | None = None
         raise UserError(f"split {split!r} of {source}: expected one of {list(SPLITS)}")
     scheme, _, argument = source.partition(":")
     if scheme == "generated" and argument:
-        return _read_generated(Path(argument).expanduser(), split)
+        return _read_generated(os.path.expanduser(argument), split)
     builder = _prepare(source, _cache_directory(data_dir))
     if source.startswith("tfds:"):
         names = TFDS_EVAL_SPLITS if split == "eval" else ("train",)
@@ -74,23 +74,23 @@ def load_examples(source: str, split: str, *, data_dir: str | Path | None = None
     return [read(record, source) for record in records.__getitems__(range(len(records)))]
 
 
-def _read_generated(directory: Path, split: str) -> list[Example]:
+def _read_generated(directory: str, split: str) -> list[Example]:
     """A teacher's answers, each an example; of several to a question each has its own id."""
     import tensorflow_datasets as tfds
 
-    manifest = verify_answers(directory)
+    local, manifest = open_answers(directory)
     if split != manifest["split"]:
         raise UserError(
             f"generated:{directory}: split {split!r} is not there, expected the answers' own, "
             f"{manifest['split']!r}: for evaluation name the data set that was answered, "
             "--config.data.eval_source=…"
         )
-    builder = tfds.builder_from_directory(directory)
+    builder = tfds.builder_from_directory(local)
     # TFDS's decorator hides the method's parameters from type checkers.
     records = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     examples = []
     for record in records.__getitems__(range(len(records))):
-        own = _own_example(record, str(directory))
+        own = _own_example(record, directory)
         number = answer_id(own.id, int(record.get("sample", 0)), manifest["samples"])
         examples.append(dataclasses.replace(own, id=number))
     return examples
