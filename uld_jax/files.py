@@ -56,6 +56,22 @@ def locate(address: str | os.PathLike[str]) -> AnyPath:
     return epath.Path(text)
 
 
+def absolute(path: AnyPath) -> AnyPath:
+    """The whole path from the root; an address is one already, which epath forgets.
+
+    Args:
+        path: A place.
+
+    Returns:
+        The same place.
+
+    Example:
+        >>> absolute(pathlib.Path("runs")).is_absolute()
+        True
+    """
+    return path.absolute() if isinstance(path, pathlib.Path) else path
+
+
 def write_text(path: AnyPath, text: str) -> None:
     """Writes a text file in one step: a reader, or a run after a kill, sees all of it or none.
 

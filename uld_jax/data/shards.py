@@ -190,7 +190,9 @@ class ShardWriter:
         settings = self.directory / SETTINGS
         saved = next((p for p in (self.directory / MANIFEST, settings) if p.is_file()), None)
         if saved is None:
-            names = {path.name for path in self.directory.iterdir()} - {*self._kind.beside}
+            # A bucket has no empty directory.
+            there = self.directory.iterdir() if self.directory.is_dir() else ()
+            names = {path.name for path in there} - {*self._kind.beside}
             others = sorted(name for name in names if name[0] != ".")
             if others:
                 raise UserError(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from uld_jax import buckets
 from uld_jax.errors import UserError
-from uld_jax.files import AnyPath, files_below, sha256_of, write_text
+from uld_jax.files import AnyPath, absolute, files_below, sha256_of, write_text
 from uld_jax.processes import agreed, is_first, is_lost_process
 from uld_jax.train.state import TrainState, param_shardings
 
@@ -56,7 +56,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
