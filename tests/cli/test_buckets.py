@@ -40,6 +40,11 @@ def free_port():
         return found.getsockname()[1]
 
 
+def answers(port):
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) == 0
+
+
 def client_environment(port):
     """What leads gcsfs, google-cloud-storage and tensorstore to a server without credentials."""
     return {
@@ -70,7 +75,7 @@ def emulator(tmp_path_factory):
             stderr=subprocess.STDOUT,
         )
     deadline = time.monotonic() + 60
-    while socket.socket().connect_ex(("localhost", port)):
+    while not answers(port):
         assert server.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -116,6 +121,7 @@ def killed(emulator, tiny, tmp_path_factory):
             [
                 *(sys.executable, "-m", "uld_jax.cli.main", "train", tiny.config),
                 *(f"--workdir={workdir}", "--config.train.profile_from=1"),
+                "--config.train.profile_steps=1",
             ],
             env=os.environ | emulator | {"PYTHONPATH": str(REPOSITORY)},
             cwd=home,
