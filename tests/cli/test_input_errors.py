@@ -195,12 +195,3 @@ def test_run_without_a_checkpoint(uld, tiny, tmp_path, trained, command):
     assert "no whole checkpoint; has the run begun to train?" in result.err
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
     assert not (tmp_path / "output").exists()
-
-
-@pytest.mark.parametrize("flag", ["workdir", "output"])
-def test_an_address_is_no_directory(uld, tmp_path, flag):
-    given = {"workdir": tmp_path / "run", "output": tmp_path / "out", flag: "gs://bucket/run"}
-    result = uld("export", *(f"--{name}={value}" for name, value in given.items()))
-    assert result.status == 2
-    assert result.err.startswith(f"error: --{flag}=gs://bucket/run: expected a directory or file")
-    assert not (tmp_path / "run").exists()

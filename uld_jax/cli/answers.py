@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from uld_jax.cli.compose import progress_bar, say
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example
 from uld_jax.data.shards import MANIFEST, SETTINGS
+from uld_jax.files import AnyPath
 from uld_jax.processes import is_first, wait_for_all
 from uld_jax.teacher import Answerer, Recipe, answer_provenance
 
@@ -27,7 +27,7 @@ def answer_split(
     examples: Sequence[Example],
     *,
     pool: Sequence[Example],
-    directory: Path,
+    directory: AnyPath,
     split: str,
     samples: int,
     title: str,
@@ -88,7 +88,7 @@ def answer_split(
     return writer
 
 
-def wait_until_finished(writer: AnswerWriter, directory: Path) -> None:
+def wait_until_finished(writer: AnswerWriter, directory: AnyPath) -> None:
     """Waits for the first process, which finishes the directory, and may use it up.
 
     Args:

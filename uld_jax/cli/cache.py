@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
 from uld_jax.data.signal_store import ANSWERS
 from uld_jax.errors import UserError
+from uld_jax.files import AnyPath, locate
 from uld_jax.processes import is_first, wait_for_all
 from uld_jax.sharding import make_mesh
 from uld_jax.teacher import (
@@ -43,7 +43,7 @@ class _Job:
     """What the stages share; the weights are loaded when the first of them is needed."""
 
     config: RunConfig
-    output: Path
+    output: AnyPath
     examples: Sequence[Example]
     known: models.LoadedTokenizer
     mesh: Mesh
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             "answers and not for them, got teacher; set --config.data.answers=gold and "
             "--config.data.source to questions with the answers to train on"
         )
-    output = Path(args.output)
+    output = locate(args.output)
     known = models.load_tokenizer(config.teacher.source)
     examples = compose.load_split(config, "train")
     job = _Job(config, output, examples, known, _own_mesh(config))
@@ -151,7 +151,7 @@ def _answers(job: _Job) -> dict[str, str]:
     return read_answers(job.output, *job.about)
 
 
-def _is_free(directory: Path) -> bool:
+def _is_free(directory: AnyPath) -> bool:
     return all(path.name.startswith(".") for path in directory.iterdir())
 
 
@@ -248,7 +248,7 @@ def _ask_server(job: _Job, writer: SignalWriter, texts: Sequence[Encoded | str])
         say(f"no signal for {id_}: {reason}")
 
 
-def _report(manifest: dict[str, Any], work: Work, output: Path) -> None:
+def _report(manifest: dict[str, Any], work: Work, output: AnyPath) -> None:
     if work.seconds:
         say(
             f"read {work.tokens:,} tokens, {work.positions:,} of them answers, in "

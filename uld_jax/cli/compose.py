@@ -5,9 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +22,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from uld_jax import buckets, models
 from uld_jax import config as configs
-from uld_jax import models
 from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import BaseModelConfig, DataConfig, RunConfig, TeacherConfig
 from uld_jax.data import (
@@ -38,7 +36,7 @@ from uld_jax.data import (
 )
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
-from uld_jax.files import write_json
+from uld_jax.files import AnyPath, locate, make_directory, remove_tree, write_json
 from uld_jax.processes import agreed, differing, is_first, wait_for_all
 from uld_jax.sharding import make_mesh, split_devices
 from uld_jax.train import adapt, restore_params
@@ -78,7 +76,7 @@ def run_config(
     Raises:
         UserError: Every mistake in it at once; or the workdir was written by another config.
     """
-    saved_path = Path(args.workdir) / "config.json" if args.workdir else None
+    saved_path = locate(args.workdir) / "config.json" if args.workdir else None
     saved = None
     if saved_path is not None and saved_path.is_file():
         saved = _saved_config(saved_path)
@@ -102,7 +100,7 @@ def run_config(
     return config
 
 
-def _saved_config(path: Path) -> RunConfig:
+def _saved_config(path: AnyPath) -> RunConfig:
     try:
         return configs.from_dict(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
@@ -111,7 +109,7 @@ def _saved_config(path: Path) -> RunConfig:
         ) from error
 
 
-def claim_workdir(path: str, config: RunConfig) -> Path:
+def claim_workdir(path: str, config: RunConfig) -> AnyPath:
     """Makes the workdir, writes the config into it, and clears what a kill left half-written.
 
     Args:
@@ -124,22 +122,23 @@ def claim_workdir(path: str, config: RunConfig) -> Path:
     Raises:
         UserError: It cannot be made or written.
     """
-    workdir = Path(path)
+    workdir = locate(path)
     wait_for_all("all that is read before the workdir")
     if not is_first():
         wait_for_all("workdir")
         return workdir
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_directory(workdir)
         for scratch in workdir.glob(".*.json*.[0-9]*"):
             scratch.unlink()
         for scratch in workdir.glob(".student-*"):
-            shutil.rmtree(scratch)
+            remove_tree(scratch)
         if not (workdir / "config.json").is_file():
             write_json(workdir / "config.json", configs.to_dict(config))
-    except OSError as error:
+    except buckets.errors() as error:
         raise UserError(
-            f"--workdir={path}: cannot write there ({error.strerror}); choose another directory"
+            f"--workdir={path}: cannot write there ({buckets.reason(error)}); "
+            "choose another directory"
         ) from error
     wait_for_all("workdir")
     return workdir
@@ -227,7 +226,7 @@ def load_student(config: RunConfig, workdir: str | None, mesh: Mesh) -> models.L
         say(f"student: trained are adapters of rank {student.lora_rank}, {count / 1e6:.2f} M")
     if workdir is None:
         return m
-    trained = restore_params(Path(workdir) / "checkpoints", params, mesh)
+    trained = restore_params(locate(workdir) / "checkpoints", params, mesh)
     return dataclasses.replace(m, model=nnx.merge(graph, trained, *frozen))
 
 
@@ -360,7 +359,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def reuse_or_make(path: Path, make: Callable[[], Any]) -> Any:
+def reuse_or_make(path: AnyPath, make: Callable[[], Any]) -> Any:
     """A stage's result: read where an earlier start of this run wrote it, else made and written.
 
     Args:

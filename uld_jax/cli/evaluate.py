@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from rich.table import Table
 
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, say
-from uld_jax.files import write_json
+from uld_jax.files import locate, write_json
 from uld_jax.processes import is_first
 
 
@@ -31,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
         table.add_row(name, f"{value:.2f}")
     console.print(table)
     if args.output and is_first():
-        write_json(Path(args.output), dataclasses.asdict(result))
+        write_json(locate(args.output), dataclasses.asdict(result))
         say(f"scores and answers: {args.output}")

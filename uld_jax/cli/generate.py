@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import shutil
-from pathlib import Path
 
 import jax
 
@@ -14,7 +12,7 @@ from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
 from uld_jax.errors import UserError
-from uld_jax.files import write_text
+from uld_jax.files import AnyPath, locate, remove_tree, write_text
 from uld_jax.processes import is_first
 from uld_jax.sharding import make_mesh
 
@@ -32,14 +30,14 @@ def run(args: argparse.Namespace) -> None:
         UserError: Bad input of any kind.
     """
     config = compose.run_config(args, device_count=jax.local_device_count())
-    output = Path(args.output)
+    output = locate(args.output)
     as_lines = output.suffix == ".jsonl"
     directory = output.with_name(f"{output.name}.shards") if as_lines else output
     if as_lines and output.exists():
         if not directory.is_dir():
             raise UserError(f"--output={output}: exists; choose another file")
         if is_first():
-            shutil.rmtree(directory)  # killed after its last step but one
+            remove_tree(directory)  # killed after its last step but one
         say(f"answers: {output}")
         return
     mesh = config.mesh
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _finish(config: RunConfig, writer: AnswerWriter, directory: Path) -> dict:
+def _finish(config: RunConfig, writer: AnswerWriter, directory: AnyPath) -> dict:
     """The manifest."""
     if writer.finished:
         return verify_answers(directory)
@@ -87,11 +85,11 @@ def _finish(config: RunConfig, writer: AnswerWriter, directory: Path) -> dict:
     return writer.finish()
 
 
-def _join(directory: Path, split: str, output: Path) -> None:
+def _join(directory: AnyPath, split: str, output: AnyPath) -> None:
     """Turns the finished directory into JSON lines."""
     lines = map(_line, load_examples(f"generated:{directory}", split))
     write_text(output, "".join(lines))
-    shutil.rmtree(directory)
+    remove_tree(directory)
 
 
 def _line(example: Example) -> str:

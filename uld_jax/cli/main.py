@@ -13,6 +13,7 @@ from absl import flags
 from absl.flags import argparse_flags
 
 import uld_jax
+from uld_jax import buckets
 from uld_jax.cli import bench, distributed
 from uld_jax.errors import Preempted, UserError
 
@@ -149,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
             absl.logging.set_verbosity(absl.logging.FATAL)
         args = build_parser().parse_args(rest)
         args.overrides, args.argv = overrides, list(argv)
-        _refuse_addresses(args)
+        _check_addresses(args)
         # Imported late: `--help` should not wait for JAX.
         several = hasattr(args, "coordinator")
         with distributed.Joined(args) if several else contextlib.nullcontext():
@@ -171,21 +172,17 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return AGAIN
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+    except buckets.errors() as error:
+        where = f"{name}: " if (name := getattr(error, "filename", None)) else ""
+        print(f"error: {where}{buckets.reason(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _refuse_addresses(args: argparse.Namespace) -> None:
+def _check_addresses(args: argparse.Namespace) -> None:
     for name in ("workdir", "output"):
-        path = getattr(args, name, None) or ""
-        if "://" in path:
-            raise UserError(
-                f"--{name}={path}: expected a directory or file of this machine; mount the bucket "
-                "(gcsfuse, s3fs) and give the path there"
-            )
+        if "://" in (address := getattr(args, name, None) or ""):
+            buckets.check_address(address, name)
 
 
 def run() -> None:

@@ -3,10 +3,8 @@
 import argparse
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +34,7 @@ from uld_jax.data import (
 )
 from uld_jax.errors import UserError
 from uld_jax.evaluation import comparison_table, plot_losses, sample_table
+from uld_jax.files import AnyPath, is_complete, locate, remove_tree, staged
 from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import batch_shards
 from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
@@ -51,7 +50,7 @@ class Job:
     """What the stages share."""
 
     config: RunConfig
-    workdir: Path
+    workdir: AnyPath
     meshes: dict[str, jax.sharding.Mesh]
     student: models.LoadedModel
     teachers: list[Teacher]
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
     teachers = load_teachers(config, meshes)
     student = compose.load_student(config, None, meshes["student"])
-    workdir = Path(args.workdir)
+    workdir = locate(args.workdir)
     job = Job(config, workdir, meshes, student, teachers, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
     answers = cached_answers(config, teachers[0], train_set)
@@ -153,11 +152,11 @@ def _answers(job: Job) -> dict[str, str]:
     shards = job.workdir / "teacher_answers"
     answers = reuse_or_make(job.workdir / "teacher_answers.json", lambda: _ask(job, shards))
     if is_first() and shards.is_dir():
-        shutil.rmtree(shards)
+        remove_tree(shards)
     return answers
 
 
-def _ask(job: Job, shards: Path) -> dict[str, str]:
+def _ask(job: Job, shards: AnyPath) -> dict[str, str]:
     """Example id to answer; one that is empty is there, one that is too long is not."""
     teacher = job.teachers[0]
     assert isinstance(teacher, models.LoadedModel)
@@ -297,7 +296,7 @@ def _distil(job: Job, loader: Loader) -> models.Decoder:
 def _save(job: Job, before: dict[str, Any], after: dict[str, Any], *, steps: int) -> None:
     """The Hugging Face directory, the plot, the scores, and the tables on the screen."""
     workdir, export = job.workdir, job.workdir / "student"
-    if not agreed(export.is_dir()):
+    if not agreed(is_complete(export)):
         with console.status("writing the student in the Hugging Face format"):
             models.save_pretrained(job.student, export)
     if not is_first():
@@ -306,7 +305,8 @@ def _save(job: Job, before: dict[str, Any], after: dict[str, Any], *, steps: int
     with MetricsWriter(workdir, step=steps) as writer:
         writer.write_scores(before["scores"], step=0)
         writer.write_scores(after["scores"], step=steps)
-    plot_losses(rows, workdir / "loss.png")
+    with staged(workdir / "loss.png") as scratch:
+        plot_losses(rows, scratch)
     console.print(comparison_table(before["scores"], after["scores"]))
     samples = [
         {

@@ -5,19 +5,22 @@ A finished directory holds `answers-train.array_record-00000-of-00012`, …, TFD
 """
 
 import dataclasses
+import os
+import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from uld_jax.data.records import Example
 from uld_jax.data.shards import Kind, ShardWriter, read_manifest, verify_shard
 from uld_jax.errors import UserError
-from uld_jax.files import write_text
+from uld_jax.files import fetched, locate, write_text
 
 # Why there is no answer.
 REASONS = ("empty_prompt", "long_prompt", "empty_answer", "long_answer", "cut_answer")
 DATASET = "answers"
+# TFDS's own files beside the shards.
+METADATA = ("dataset_info.json", "features.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ class AnswerWriter:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         provenance: Mapping[str, Any],
         examples: Sequence[Example],
         *,
@@ -228,11 +231,11 @@ class AnswerWriter:
         info.set_splits(SplitDict([split]))
         with tempfile.TemporaryDirectory() as scratch:
             info.write_to_directory(scratch)
-            for path in sorted(Path(scratch).iterdir()):
+            for path in sorted(pathlib.Path(scratch).iterdir()):
                 write_text(directory / path.name, path.read_text())
 
 
-def verify_answers(directory: str | Path) -> dict[str, Any]:
+def verify_answers(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Compares every byte of a finished data set of answers with its manifest.
 
     Args:
@@ -244,11 +247,28 @@ def verify_answers(directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: It is unfinished or damaged.
     """
-    kind = kind_of("train")
-    manifest = read_manifest(Path(directory), kind)
+    return open_answers(directory)[1]
+
+
+def open_answers(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The same, and where TFDS can read the data set: of a bucket's, the local copy.
+
+    Args:
+        directory: Of the data set.
+
+    Returns:
+        The local directory and the manifest.
+
+    Raises:
+        UserError: It is unfinished or damaged.
+    """
+    kind, place = kind_of("train"), locate(directory)
+    manifest = read_manifest(place, kind)
+    digests = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    local = fetched(place, {**digests, **dict.fromkeys(METADATA, "")})
     for shard in manifest["shards"]:
-        verify_shard(Path(directory) / shard["name"], shard, kind)
-    return manifest
+        verify_shard(local / shard["name"], shard, kind)
+    return local, manifest
 
 
 def kind_of(split: str) -> Kind:

@@ -7,14 +7,14 @@ note beside it, written after it, so that a kill at any moment loses one shard's
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from uld_jax.errors import UserError
-from uld_jax.files import sha256_of, write_json
+from uld_jax.files import AnyPath, is_intact, locate, make_directory, sha256_of, staged, write_json
 
 MANIFEST = "manifest.json"
 # What a directory is being filled with; gone once the manifest says it.
@@ -86,11 +86,13 @@ class ShardWriter:
         ([0, 2], [4])
     """
 
-    def __init__(self, directory: str | Path, kind: Kind, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], kind: Kind, settings: Mapping[str, Any]
+    ) -> None:
         total, shard_size = settings["total"], settings["shard_size"]
         if total < 1 or shard_size < 1:
             raise ValueError(f"expected total and shard_size >= 1, got {total} and {shard_size}")
-        self.directory = Path(directory)
+        self.directory = locate(directory)
         self.settings = {"format": kind.format, **settings}
         self._kind = kind
         self._shards = -(-total // shard_size)
@@ -139,10 +141,9 @@ class ShardWriter:
         if self.finished:
             what = self._kind.what
             raise UserError(f"{self.directory}: is finished, expected a {what} to be filled")
-        path = self.directory / self._name(shard)
-        write_records(path, records, self._kind.options)
-        sizes = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        write_json(self._note(shard), {**sizes, **note})
+        name = self._name(shard)
+        sizes = write_records(self.directory / name, records, self._kind.options)
+        write_json(self._note(shard), {"name": name, **sizes, **note})
 
     def notes(self) -> list[dict[str, Any]]:
         """What was noted of every shard: its name, bytes, sha256, and what its writer added.
@@ -175,13 +176,13 @@ class ShardWriter:
     def _name(self, shard: int) -> str:
         return self._kind.name(shard, self._shards)
 
-    def _note(self, shard: int) -> Path:
+    def _note(self, shard: int) -> AnyPath:
         return self.directory / f"{self._name(shard)}.json"
 
     def _claim(self) -> None:
         """Makes the directory this one's, or checks that it is."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot be made ({error.strerror}): choose another directory"
@@ -189,7 +190,9 @@ class ShardWriter:
         settings = self.directory / SETTINGS
         saved = next((p for p in (self.directory / MANIFEST, settings) if p.is_file()), None)
         if saved is None:
-            names = {path.name for path in self.directory.iterdir()} - {*self._kind.beside}
+            # A bucket has no empty directory.
+            there = self.directory.iterdir() if self.directory.is_dir() else ()
+            names = {path.name for path in there} - {*self._kind.beside}
             others = sorted(name for name in names if name[0] != ".")
             if others:
                 raise UserError(
@@ -224,13 +227,10 @@ class ShardWriter:
         if self.finished:
             return
         for shard in range(self._shards):
-            note = self._note(shard)
+            path, note = self.directory / self._name(shard), self._note(shard)
             if note.is_file():
-                try:
-                    verify_shard(
-                        self.directory / self._name(shard), read_json(note, self._kind), self._kind
-                    )
-                except UserError:
+                noted = read_json(note, self._kind)
+                if not is_intact(path, noted["bytes"], noted["sha256"]):
                     note.unlink(missing_ok=True)  # another process may find it at the same time
 
     def _tidy(self) -> None:
@@ -244,7 +244,7 @@ class ShardWriter:
                 path.unlink(missing_ok=True)
 
 
-def write_records(path: Path, records: Sequence[bytes], options: str) -> None:
+def write_records(path: AnyPath, records: Sequence[bytes], options: str) -> dict[str, Any]:
     """Writes an ArrayRecord file in one step.
 
     A file is a multiple of 64 KiB and at least 128 KiB long; what is padding of it takes no room
@@ -255,33 +255,36 @@ def write_records(path: Path, records: Sequence[bytes], options: str) -> None:
         records: What.
         options: Of ArrayRecordWriter.
 
+    Returns:
+        Its "bytes" and "sha256".
+
     Raises:
         UserError: The disk is full, or will not be written to.
     """
-    scratch = path.with_name(f".{path.name}")
-    try:
-        writer = ArrayRecordWriter(str(scratch), options)
-        for record in records:
-            writer.write(record)
-        writer.close()
-    except RuntimeError as error:  # which says, after the name of the call, what the system said
-        reason = str(error).partition("failed: ")[2].partition(";")[0] or str(error)
-        raise UserError(
-            f"{path}: a shard could not be written ({reason}); make room there, or choose another "
-            "directory, and run the command again: it goes on from the last whole shard"
-        ) from error
-    whole = scratch.read_bytes()
-    # ArrayRecord pads with zeros to 64 KiB twice: pages of them are left out, not written.
-    with scratch.open("wb") as file:
-        for start in range(0, len(whole), PAGE):
-            page = whole[start : start + PAGE]
-            if any(page):
-                file.seek(start)
-                file.write(page)
-        file.truncate(len(whole))
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    with staged(path) as scratch:
+        try:
+            writer = ArrayRecordWriter(str(scratch), options)
+            for record in records:
+                writer.write(record)
+            writer.close()
+        except RuntimeError as error:  # which says, after the name of the call, what the system did
+            reason = str(error).partition("failed: ")[2].partition(";")[0] or str(error)
+            raise UserError(
+                f"{path}: a shard could not be written ({reason}); make room there, or choose "
+                "another directory, and run the command again: it goes on from the last whole shard"
+            ) from error
+        whole = scratch.read_bytes()
+        # ArrayRecord pads with zeros to 64 KiB twice: pages of them are left out, not written.
+        with scratch.open("wb") as file:
+            for start in range(0, len(whole), PAGE):
+                page = whole[start : start + PAGE]
+                if any(page):
+                    file.seek(start)
+                    file.write(page)
+            file.truncate(len(whole))
+            file.flush()
+            os.fsync(file.fileno())
+        return {"bytes": len(whole), "sha256": sha256_of(scratch)}
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
@@ -311,7 +314,7 @@ def _show(record: Mapping[str, Any], name: str, absent: str) -> str:
     return repr(json.loads(json.dumps(record[name]))) if name in record else absent
 
 
-def verify_shard(path: Path, shard: Mapping[str, Any], kind: Kind) -> None:
+def verify_shard(path: pathlib.Path, shard: Mapping[str, Any], kind: Kind) -> None:
     """Compares a shard with what was noted when it was written.
 
     Args:
@@ -333,7 +336,7 @@ def verify_shard(path: Path, shard: Mapping[str, Any], kind: Kind) -> None:
         raise UserError(f"{path}: has sha256 {digest}, expected {shard['sha256']}: {anew}")
 
 
-def read_json(path: Path, kind: Kind) -> dict[str, Any]:
+def read_json(path: AnyPath, kind: Kind) -> dict[str, Any]:
     """A JSON object from a file of the directory.
 
     Args:
@@ -347,7 +350,7 @@ def read_json(path: Path, kind: Kind) -> dict[str, Any]:
         UserError: It is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(
             f"{path}: not JSON ({error}): remove the directory and {kind.mend}"
@@ -360,7 +363,7 @@ def read_json(path: Path, kind: Kind) -> dict[str, Any]:
     return value
 
 
-def read_manifest(directory: Path, kind: Kind) -> dict[str, Any]:
+def read_manifest(directory: AnyPath, kind: Kind) -> dict[str, Any]:
     """The manifest of a finished directory.
 
     Args:

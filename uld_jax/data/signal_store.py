@@ -7,8 +7,9 @@ examples' ids under LZMA, so that opening reads no signal; the others are `encod
 
 import json
 import lzma
+import os
+import pathlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
@@ -17,6 +18,7 @@ from uld_jax.data.shards import Kind, differences, read_manifest, verify_shard
 from uld_jax.data.signal import Signal
 from uld_jax.data.signal_codec import decode_signal
 from uld_jax.errors import UserError
+from uld_jax.files import fetched, locate
 
 # The texts that the signals are of, where the teacher wrote them.
 ANSWERS = "answers.json"
@@ -38,7 +40,8 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 class SignalStore:
     """A finished teacher cache.
 
-    Opening verifies every byte against the manifest.
+    Opening verifies every byte against the manifest. Of a cache in a bucket the shards are read
+    from local copies, see `files.fetched`.
 
     Args:
         directory: Of the cache.
@@ -66,17 +69,21 @@ class SignalStore:
         (1, True, [3])
     """
 
-    def __init__(self, directory: str | Path, expect: Mapping[str, Any] | None = None) -> None:
-        self._directory = Path(directory)
-        self.manifest = read_manifest(self._directory, CACHE)
+    def __init__(
+        self, directory: str | os.PathLike[str], expect: Mapping[str, Any] | None = None
+    ) -> None:
+        place = locate(directory)
+        self.manifest = read_manifest(place, CACHE)
         if expect is not None:
             different = differences(self.manifest["provenance"], expect)
             if different:
                 raise UserError(
-                    f"{self._directory}: this teacher cache was made from something else: "
+                    f"{place}: this teacher cache was made from something else: "
                     f"{'; '.join(different)}: name another cache, or {CACHE.mend} into another "
                     "directory"
                 )
+        digests = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
+        self._directory = fetched(place, digests)
         self._readers: list[ArrayRecordReader] = []
         self._rows: dict[str, tuple[int, int]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
@@ -111,7 +118,7 @@ class SignalStore:
         return self.manifest["max_count"]
 
 
-def _read_ids(reader: ArrayRecordReader, path: Path) -> list[str]:
+def _read_ids(reader: ArrayRecordReader, path: pathlib.Path) -> list[str]:
     """The ids in a verified shard; only another program's shard can be wrong here."""
     try:
         ids = json.loads(lzma.decompress(reader.read([0])[0]))

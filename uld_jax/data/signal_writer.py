@@ -2,8 +2,8 @@
 
 import json
 import lzma
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class SignalWriter:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         provenance: Mapping[str, Any],
         *,
         total: int,

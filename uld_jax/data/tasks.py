@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uld_jax.data.answers import answer_id, kind_of, verify_answers
+from uld_jax.data.answers import answer_id, kind_of, open_answers
 from uld_jax.data.catalogue import CATALOGUE
 from uld_jax.data.hugging_face import read_hugging_face
 from uld_jax.data.records import SPLITS, Example
 from uld_jax.data.shards import read_manifest
 from uld_jax.errors import UserError
+from uld_jax.files import locate
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -81,7 +82,7 @@ def load_examples(
     if scheme == "hf" and argument:
         found = read_hugging_face(argument, split)
     elif scheme == "generated" and argument:
-        found = _read_generated(Path(argument).expanduser(), split, may_be_absent)
+        found = _read_generated(os.path.expanduser(argument), split, may_be_absent)
     else:
         manual = Path(manual_dir).expanduser() if manual_dir else None
         found = _read_prepared(_prepare(source, _cache_directory(data_dir), manual), source, split)
@@ -116,9 +117,8 @@ def task_of(source: str) -> str:
     scheme, _, argument = source.partition(":")
     if scheme != "generated":
         return "qa"
-    return read_manifest(Path(argument).expanduser(), kind_of("train"))["provenance"].get(
-        "task", "qa"
-    )
+    directory = locate(os.path.expanduser(argument))
+    return read_manifest(directory, kind_of("train"))["provenance"].get("task", "qa")
 
 
 def _read_prepared(
@@ -139,11 +139,11 @@ def _read_prepared(
     return [read(record, source) for record in records.__getitems__(range(len(records)))]
 
 
-def _read_generated(directory: Path, split: str, may_be_absent: bool) -> list[Example]:
+def _read_generated(directory: str, split: str, may_be_absent: bool) -> list[Example]:
     """A teacher's answers, each an example; of several to a question each has its own id."""
     import tensorflow_datasets as tfds
 
-    manifest = verify_answers(directory)
+    local, manifest = open_answers(directory)
     if split != manifest["split"]:
         if may_be_absent:
             return []
@@ -152,12 +152,12 @@ def _read_generated(directory: Path, split: str, may_be_absent: bool) -> list[Ex
             f"{manifest['split']!r}: for evaluation name the data set that was answered, "
             "--config.data.eval_source=…"
         )
-    builder = tfds.builder_from_directory(directory)
+    builder = tfds.builder_from_directory(local)
     # TFDS's decorator hides the method's parameters from type checkers.
     records = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     examples = []
     for record in records.__getitems__(range(len(records))):
-        own = _own_example(record, str(directory))
+        own = _own_example(record, directory)
         number = answer_id(own.id, int(record.get("sample", 0)), manifest["samples"])
         examples.append(dataclasses.replace(own, id=number))
     return examples

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,9 @@ from huggingface_hub.errors import (
 )
 from jax.sharding import Mesh
 
+from uld_jax import buckets
 from uld_jax.errors import UserError
+from uld_jax.files import AnyPath, is_free, locate, make_directory, staged_directory
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.decoder import REMAT_POLICIES, Decoder
 from uld_jax.models.encoder_decoder import EncoderDecoder
@@ -327,13 +327,14 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
 
     Args:
         m: The model, its tokenizer and its config.
-        directory: Made, with its parents; it appears only when it is complete.
+        directory: Made, with its parents; it appears only when it is complete. In a bucket, see
+            `files.staged_directory`.
 
     Raises:
         UserError: The directory exists and is not empty, or the disk does not take the files.
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = locate(directory)
+    if not is_free(target):
         raise UserError(f"{target}: exists and is not an empty directory; choose another")
     wait_for_all(f"place of {target.name}")  # so that nobody finds what the first one writes
     state = nnx.state(merged(m.model), nnx.Param)
@@ -345,24 +346,20 @@ def save_pretrained(m: LoadedModel, directory: str | os.PathLike[str]) -> None:
 
 
 def _write_pretrained(
-    m: LoadedModel, tensors: dict[str, np.ndarray], dtype: str, target: Path
+    m: LoadedModel, tensors: dict[str, np.ndarray], dtype: str, target: AnyPath
 ) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    make_directory(target.parent)
     try:
-        family = by_model_type(m.config.family, "export")
-        hf_config = family.config_to_hf(m.config)
-        hf_config.architectures = [family.architecture]
-        hf_config.dtype = dtype
-        hf_config.save_pretrained(scratch)
-        m.tokenizer.save_pretrained(scratch)
-        safetensors.numpy.save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
-        scratch.chmod(0o755)
-        scratch.replace(target)
-    except (OSError, safetensors.SafetensorError) as error:
+        with staged_directory(target) as scratch:
+            family = by_model_type(m.config.family, "export")
+            hf_config = family.config_to_hf(m.config)
+            hf_config.architectures = [family.architecture]
+            hf_config.dtype = dtype
+            hf_config.save_pretrained(scratch)
+            m.tokenizer.save_pretrained(scratch)
+            safetensors.numpy.save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
+    except (safetensors.SafetensorError, *buckets.errors()) as error:
         raise UserError(f"{target}: the model could not be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def to_hf_tensors(config: DecoderConfig, state: nnx.State) -> dict[str, np.ndarray]:

@@ -1,13 +1,12 @@
 """Fills a cache with the signals of a teacher that a server runs."""
 
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from uld_jax.data import Encoded, Signal, SignalWriter, truncate_signal
+from uld_jax.files import AnyPath, remove_tree
 from uld_jax.teacher.completions import CompletionsClient
 from uld_jax.teacher.echo import ServedSignal, ServedText
 from uld_jax.teacher.server import FetchOptions, served_signals
@@ -27,7 +26,7 @@ def write_served_signals(
     ids: Sequence[str],
     texts: Sequence[Encoded | str],
     writer: SignalWriter,
-    directory: Path,
+    directory: AnyPath,
     *,
     tokenizer: "PreTrainedTokenizerFast",
     epsilon: float,
@@ -85,7 +84,7 @@ def write_served_signals(
         records = [(ids[i], signals[ids[i]]) for i in of_shard if ids[i] in signals]
         writer.write_shard(shard, records, dropped=len(of_shard) - len(records))
     if (directory / JOURNAL_DIRECTORY).is_dir():
-        shutil.rmtree(directory / JOURNAL_DIRECTORY)
+        remove_tree(directory / JOURNAL_DIRECTORY)
     return checked, failed
 
 

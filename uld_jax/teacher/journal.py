@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Journal:
     Args:
         path: Of the file; made where it is absent.
         about: What all signals have in common, as JSON values.
+        kept: Called after each line, by one thread at a time.
 
     Raises:
         UserError: The file is about something else, or is damaged.
@@ -42,8 +43,10 @@ class Journal:
         array([0.125], dtype=float32)
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, about: Mapping[str, Any], *, kept: Callable[[], None] = lambda: None
+    ) -> None:
+        self._path, self._kept = path, kept
         self._lock = threading.Lock()
         self._lines: dict[str, tuple[int, str]] = {}
         self._file = path.open("a+b")
@@ -115,6 +118,7 @@ class Journal:
             start = self._append(line)
             if not isinstance(result, str):
                 self._lines[text.id] = (start, line["text"])
+            self._kept()
 
     def _append(self, line: Mapping[str, Any]) -> int:
         start = self._file.seek(0, os.SEEK_END)

@@ -7,6 +7,7 @@ is continued does.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from uld_jax.data import (
 from uld_jax.data.shards import MANIFEST, differences, read_json
 from uld_jax.data.signal_store import ANSWERS, CACHE
 from uld_jax.errors import UserError
-from uld_jax.files import write_json
+from uld_jax.files import AnyPath, locate, make_directory, write_json
 from uld_jax.models import EncoderDecoderConfig, LoadedModel, LoadedTokenizer
 
 Provenance = dict[str, str | int | float | bool]
@@ -130,7 +131,7 @@ def _setup(
     return fields
 
 
-def open_cache(directory: str | Path, expected: Provenance) -> SignalStore:
+def open_cache(directory: str | os.PathLike[str], expected: Provenance) -> SignalStore:
     """Opens a finished cache, once it is known to be of this run's teacher, data and prompts.
 
     Args:
@@ -143,14 +144,14 @@ def open_cache(directory: str | Path, expected: Provenance) -> SignalStore:
     Raises:
         UserError: It was made from something else, or is unfinished or damaged.
     """
-    path = Path(directory) / MANIFEST
+    path = locate(directory) / MANIFEST
     if path.is_file():
         _compare(directory, read_json(path, CACHE).get("provenance", {}), expected)
     return SignalStore(directory)
 
 
 def save_answers(
-    directory: Path,
+    directory: AnyPath,
     answers: Mapping[str, str],
     config: RunConfig,
     m: LoadedModel | LoadedTokenizer,
@@ -167,13 +168,13 @@ def save_answers(
         side: How it is prompted.
         examples: The training split.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     made_from = _answers_setup(config, m, side, examples)
     write_json(directory / ANSWERS, {"made_from": made_from, "answers": dict(answers)})
 
 
 def read_answers(
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     config: RunConfig,
     m: LoadedModel | LoadedTokenizer,
     side: Side,
@@ -194,7 +195,7 @@ def read_answers(
     Raises:
         UserError: There are none, or they are of something else.
     """
-    path = Path(directory) / ANSWERS
+    path = locate(directory) / ANSWERS
     if not path.is_file():
         raise UserError(
             f"{path}: no such file, expected the teacher's answers: run `uld-jax cache` with "
@@ -222,7 +223,7 @@ def _answers_setup(
     }
 
 
-def _compare(where: str | Path, found: Mapping[str, Any], expected: Provenance) -> None:
+def _compare(where: str | os.PathLike[str], found: Mapping[str, Any], expected: Provenance) -> None:
     known = {name: value for name, value in found.items() if not name.startswith(RECORDED)}
     different = differences(known, expected)
     if not different:

@@ -1,13 +1,15 @@
 """Signals of a teacher that a server runs: fetched with patience, kept, and never asked twice."""
 
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from pathlib import Path
 
 from uld_jax.errors import UserError
+from uld_jax.files import AnyPath, make_directory
+from uld_jax.mirror import Mirror
 from uld_jax.teacher.choices import Choice, Fault
 from uld_jax.teacher.completions import CompletionsClient
 from uld_jax.teacher.echo import ServedSignal, ServedText, signal
@@ -35,7 +37,7 @@ class FetchOptions:
 def served_signals(
     client: CompletionsClient,
     texts: Sequence[ServedText],
-    directory: Path,
+    directory: AnyPath,
     options: FetchOptions,
     *,
     progress: Callable[[int], None] | None = None,
@@ -49,7 +51,8 @@ def served_signals(
     Args:
         client: Of the server, checked by `check_server`.
         texts: Prompts and answers, each id once.
-        directory: Where the journal lies; made where it is absent.
+        directory: Where the journal lies; made where it is absent. A bucket is given what is new
+            in it every few seconds, see `Mirror`.
         options: See there.
         progress: Called from other threads with the number of texts since the last call.
         failed: Is given the reason by id of each text without a signal.
@@ -67,13 +70,16 @@ def served_signals(
         raise UserError(f"example id {twice[0]!r} is there twice, expected each id once")
     failed = {} if failed is None else failed
     failed.clear()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        about = {"model": client.server.model, "top_k": client.server.top_k, "end": options.end}
-        journal = Journal(directory / JOURNAL, about)
-    except OSError as error:
-        raise UserError(f"{directory / JOURNAL}: cannot write: {error.strerror}") from error
-    with journal:
+    about = {"model": client.server.model, "top_k": client.server.top_k, "end": options.end}
+    with contextlib.ExitStack() as stack:
+        try:
+            make_directory(directory)
+            mirror = stack.enter_context(Mirror(directory))
+            mirror.pull(JOURNAL)
+            journal = Journal(mirror.local / JOURNAL, about, kept=mirror.push_when_due)
+        except OSError as error:
+            raise UserError(f"{directory / JOURNAL}: cannot write: {error.strerror}") from error
+        stack.enter_context(journal)
         missing = [text for text in texts if not journal.has(text)]
         if progress is not None:
             progress(len(texts) - len(missing))

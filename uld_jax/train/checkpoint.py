@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from uld_jax import buckets
 from uld_jax.errors import UserError
-from uld_jax.files import sha256_of, write_text
+from uld_jax.files import AnyPath, absolute, files_below, sha256_of, write_text
 from uld_jax.processes import agreed, is_first, is_lost_process
 from uld_jax.train.state import TrainState, param_shardings
 
@@ -37,12 +38,13 @@ class Checkpoints:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> with Checkpoints(Path(tempfile.mkdtemp()), keep=2) as checkpoints:
         ...     checkpoints.steps()
         []
     """
 
-    def __init__(self, directory: Path, *, keep: int | None) -> None:
+    def __init__(self, directory: AnyPath, *, keep: int | None) -> None:
         self.directory = directory
         self._saving = 0
         if keep is None:
@@ -54,7 +56,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -191,14 +193,16 @@ class Checkpoints:
     def _seal(self) -> None:
         """Runs in orbax's thread when all is written, before the folder gets its final name."""
         if is_first():
-            (path,) = self.directory.glob(f"{self._saving}.*")
+            # On a disk its name has an end yet that is taken away; in a bucket nothing is renamed.
+            step = str(self._saving)
+            (path,) = (p for p in self.directory.iterdir() if p.name.split(".")[0] == step)
             write_text(path / DIGESTS, _digests(path))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, *buckets.errors()) as error:
             if is_lost_process(error):
                 raise
             raise UserError(
@@ -207,7 +211,7 @@ class Checkpoints:
             ) from error
 
 
-def restore_params(directory: Path, params: nnx.State, mesh: Mesh) -> nnx.State:
+def restore_params(directory: AnyPath, params: nnx.State, mesh: Mesh) -> nnx.State:
     """The student's parameters in a run's newest checkpoint.
 
     Args:
@@ -238,16 +242,18 @@ def _abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
-def _digests(path: Path) -> str:
-    lines = []
+def _digests(path: AnyPath) -> str:
     # Not the files beside the items: orbax writes its times into them after the seal.
-    for file in sorted(path.glob("*/**/*")):
-        if file.is_file():
-            lines.append(f"{sha256_of(file)}  {file.relative_to(path)}\n")
-    return "".join(lines)
+    items = [item for item in sorted(path.iterdir()) if item.is_dir()]
+    files = [file for item in items for file in files_below(item)]
+    # Several at a time: a bucket is asked for each over the network.
+    with ThreadPoolExecutor(8) as pool:
+        digests = [*pool.map(sha256_of, files)]
+    named = zip(digests, files, strict=True)
+    return "".join(f"{digest}  {file.relative_to(path)}\n" for digest, file in named)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: AnyPath) -> bool:
     """Whether every file is as it was written; all processes get the first one's answer."""
     whole = False
     if is_first() and (path / DIGESTS).is_file():

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -14,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uld_jax.config import RunConfig
 from uld_jax.data import Loader
 from uld_jax.errors import Preempted, UserError
+from uld_jax.files import AnyPath
 from uld_jax.models import Decoder
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.teacher import StreamedTeacher
@@ -38,7 +38,7 @@ def fit(
     config: RunConfig,
     *,
     mesh: Mesh,
-    workdir: Path,
+    workdir: AnyPath,
     on_policy: OnPolicy | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> Decoder:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -15,8 +14,10 @@ from tensorboardX.proto.summary_pb2 import (
     Summary,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from uld_jax.files import write_text
+from uld_jax.files import AnyPath, write_text
+from uld_jax.mirror import Mirror
 
+METRICS = "metrics.jsonl"
 # Of the machine, not of the run: two equal runs do not have these in common.
 MEASURED = (
     "seconds",
@@ -41,8 +42,12 @@ class MetricsWriter:
         workdir: The run's directory.
         step: The step the run starts from.
 
+    Attributes:
+        mirror: Of the workdir, for other files that change while the run goes on.
+
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> workdir = Path(tempfile.mkdtemp())
         >>> with MetricsWriter(workdir, step=0) as writer:
         ...     writer.write({"step": 1, "loss": 2.5})
@@ -50,12 +55,13 @@ class MetricsWriter:
         [{'step': 1, 'loss': 2.5}]
     """
 
-    def __init__(self, workdir: Path, *, step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: AnyPath, *, step: int) -> None:
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a")
-        folder = workdir / "tensorboard"
+        self.mirror = Mirror(workdir)
+        path = self.mirror.local / METRICS
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+        folder = self.mirror.local / "tensorboard"
         folder.mkdir(exist_ok=True)
         # SummaryWriter writes in a thread of its own: where that fails, as on a full disk, the
         # next calls wait for it forever. The suffix tells apart files of the same second.
@@ -66,8 +72,9 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._events.close()
+        with self.mirror:
+            self._file.close()
+            self._events.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one step.
@@ -82,8 +89,9 @@ class MetricsWriter:
                 self._write_scalar(f"train/{name}", value, row["step"])
 
     def flush(self) -> None:
-        """Puts all of it on the disk: before a checkpoint, which will not write it again."""
+        """Puts all of it in its place: before a checkpoint, which will not write it again."""
         self._events.flush()
+        self.mirror.push()
 
     def write_scores(self, scores: Mapping[str, float], *, step: int) -> None:
         """Adds evaluation scores to the TensorBoard events.
@@ -102,7 +110,7 @@ class MetricsWriter:
         self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that a kill cut short is left out.
 
     Args:
@@ -112,10 +120,11 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         One dict a step, in order; empty where there is no file.
 
     Example:
+        >>> from pathlib import Path
         >>> read_metrics(Path("/nowhere"))
         []
     """
-    path = workdir / "metrics.jsonl"
+    path = workdir / METRICS
     if not path.is_file():
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

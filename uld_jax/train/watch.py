@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from uld_jax.files import write_json
+from uld_jax.files import AnyPath, write_json
+from uld_jax.mirror import Mirror
 from uld_jax.processes import is_first
 from uld_jax.train.metrics import MetricsWriter
 
@@ -26,6 +26,7 @@ class Reporter:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> workdir = Path(tempfile.mkdtemp())
         >>> with Reporter(workdir, first=0, steps=9) as reporter:
         ...     reporter.report([{"step": 1, "total": 2.5, "seconds": 0.5}])
@@ -35,13 +36,13 @@ class Reporter:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: AnyPath,
         *,
         first: int,
         steps: int,
         progress: Callable[[int, int, Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self._path, self._steps, self._progress = workdir / "heartbeat.json", steps, progress
+        self._steps, self._progress = steps, progress
         self._writer = MetricsWriter(workdir, step=first) if is_first() else None
 
     def __enter__(self) -> "Reporter":
@@ -64,10 +65,13 @@ class Reporter:
                 self._progress(row["step"], self._steps, row)
         if rows and self._writer is not None:
             last = {name: rows[-1][name] for name in ("step", "seconds")}
-            write_json(self._path, {**last, "steps": self._steps, "time": round(time.time(), 3)})
+            mirror = self._writer.mirror
+            beat = {**last, "steps": self._steps, "time": round(time.time(), 3)}
+            write_json(mirror.local / "heartbeat.json", beat)
+            mirror.push_when_due()
 
     def flush(self) -> None:
-        """Puts all of it on the disk."""
+        """Puts all of it in its place."""
         if self._writer is not None:
             self._writer.flush()
 
@@ -81,14 +85,15 @@ class Tracer:
         steps: How many.
 
     Example:
+        >>> from pathlib import Path
         >>> tracer = Tracer(Path("/nowhere"), 0, 1)
         >>> tracer.before(1)
         >>> tracer.after(1, None)
     """
 
-    def __init__(self, directory: Path, first: int, steps: int) -> None:
+    def __init__(self, directory: AnyPath, first: int, steps: int) -> None:
         self._directory, self._first, self._last = directory, first, first + steps - 1
-        self._running = False
+        self._mirror: Mirror | None = None
 
     def before(self, step: int) -> None:
         """Starts, if it is time.
@@ -97,8 +102,8 @@ class Tracer:
             step: About to be taken.
         """
         if self._first and step == self._first:
-            jax.profiler.start_trace(str(self._directory))
-            self._running = True
+            self._mirror = Mirror(self._directory)
+            jax.profiler.start_trace(str(self._mirror.local))
 
     def after(self, step: int, results: object, *, last: bool = False) -> None:
         """Stops, if it is time.
@@ -108,7 +113,8 @@ class Tracer:
             results: Arrays that are there when the step has ended.
             last: Whether there are no more.
         """
-        if self._running and (last or step >= self._last):
+        if self._mirror is not None and (last or step >= self._last):
             jax.block_until_ready(results)
             jax.profiler.stop_trace()
-            self._running = False
+            self._mirror.close()
+            self._mirror = None
