@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from uld_jax.config import RunConfig
 from uld_jax.plan.abstract import AbstractStep, ModelConfig, abstract_step
-from uld_jax.plan.hlo import Program
+from uld_jax.plan.hlo import BETWEEN_SLICES, Program
 from uld_jax.plan.topology import Chip, Slice
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -41,8 +41,9 @@ class Plan:
         moved_bytes: Between the chip and its memory.
         intensity: model_flops / moved_bytes.
         compile_seconds: Tracing left out.
-        estimate: Seconds at the published rates, each alone (compute, memory, network); step, the
-            largest of them; student tokens a second and chip. None where it has not compiled.
+        estimate: Seconds at the published rates, each alone (compute, memory, network within a
+            slice); step, the largest of them; student tokens a second and chip. None where it has
+            not compiled.
     """
 
     topology: str
@@ -184,10 +185,12 @@ def _compiled(
     flops = known["model_flops"]
     # What is computed again for the backward pass is work, if not the model's.
     again = flops["student"] / 3 if config.student.remat == "full" else 0.0
+    # No figure is published for a chip's part of the network between slices.
+    within = [kind.sent for name, kind in collectives.items() if BETWEEN_SLICES not in name]
     times = {
         "compute": (sum(flops.values()) + again) / chip.flops,
         "memory": moved / chip.memory_bandwidth,
-        "network": sum(kind.sent for kind in collectives.values()) / chip.network_bandwidth,
+        "network": sum(within) / chip.network_bandwidth,
     }
     step = max(times.values())
     tokens = known["batch_size"] * known["student_length"]
