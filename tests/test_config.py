@@ -109,7 +109,7 @@ def test_override_is_read_as_the_type_of_its_field(path, given, value):
             "mesh",
             "8",
             "config group 'mesh' has no value of its own: set one of its fields "
-            "(data, fsdp, tensor)",
+            "(data, fsdp, tensor, sequence, slices)",
         ),
         ("data.batch_size", "many", "data.batch_size: expected int, got 'many'"),
         ("data.batch_size", "3.0", "data.batch_size: expected int, got '3.0'"),
@@ -216,6 +216,8 @@ UNSOUND = {
     "mesh.data": 0,
     "mesh.fsdp": -2,
     "mesh.tensor": 0,
+    "mesh.sequence": 0,
+    "mesh.slices": 0,
     "eval.batch_size": 0,
     "eval.max_new_tokens": 0,
     "eval.samples": -1,
@@ -308,21 +310,35 @@ def test_wrong_type_from_a_config_file_is_reported_and_not_compared():
         (
             {"mesh.fsdp": -1},
             8,
-            "mesh: expected at most one axis of -1, got data -1 x fsdp -1 x tensor 1; set",
+            "mesh: expected at most one axis of -1, got data -1 x fsdp -1 x sequence 1 x "
+            "tensor 1; set",
         ),
         (
             {"mesh.data": 2, "mesh.fsdp": 2},
             8,
-            "mesh: expected axes that multiply to the 8 devices, got data 2 x fsdp 2 x tensor 1 "
-            "= 4; set one axis to -1",
+            "mesh: expected axes that multiply to the 8 devices, got data 2 x fsdp 2 x "
+            "sequence 1 x tensor 1 = 4; set one axis to -1",
         ),
         (
             {"mesh.tensor": 3},
             8,
             "mesh: expected axes whose product divides the 8 devices, got data -1 x fsdp 1 x "
-            "tensor 3, a product of 3; change",
+            "sequence 1 x tensor 3, a product of 3; change",
         ),
         ({"mesh.tensor": 16}, 8, "mesh: expected axes whose product divides the 8 devices"),
+        ({"mesh.sequence": 3}, 8, "mesh: expected axes whose product divides the 8 devices"),
+        (
+            {"mesh.fsdp": 4, "mesh.slices": 4},
+            8,
+            "mesh.slices: expected a divisor of mesh.data = 2, which spans the slices, got 4; set",
+        ),
+        ({"mesh.data": 3, "mesh.slices": 2}, None, "mesh.slices: expected a divisor of mesh.data"),
+        (
+            {"mesh.sequence": 2, "data.batch_size": 6},
+            8,
+            "data.batch_size: expected a multiple of 4 (train.accumulation 1 x mesh.data 4 x "
+            "mesh.fsdp 1), got 6; set --config.data.batch_size=8",
+        ),
         (
             {"train.accumulation": 3, "mesh.data": 2, "mesh.fsdp": -1, "data.batch_size": 8},
             8,
@@ -358,6 +374,8 @@ def test_stop_strings_are_a_list_of_texts(text):
         ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 8),
         ({"mesh.data": 1, "mesh.tensor": -1, "data.batch_size": 3}, 8),
         ({"mesh.data": 2, "mesh.fsdp": 2}, None),
+        ({"mesh.sequence": -1, "mesh.data": 2, "mesh.slices": 2, "data.batch_size": 2}, 8),
+        ({"mesh.slices": 3}, None),
         ({"train.accumulation": 2, "data.batch_size": 16}, 8),
     ],
 )
@@ -394,7 +412,8 @@ def test_json_with_unknown_fields_and_wrong_types_names_them_all():
         "5 errors in the config:",
         "  data.seed: expected int, got '0'",
         "  unknown config field 'data.batchsize': did you mean 'data.batch_size'?",
-        "  config group 'mesh' has no value of its own: set one of its fields (data, fsdp, tensor)",
+        "  config group 'mesh' has no value of its own: set one of its fields (data, fsdp, tensor, "
+        "sequence, slices)",
         "  unknown config field 'losses': did you mean 'loss'?",
         "  unknown config field 'colour': the groups are student, teacher, data, loss, optimizer, "
         "train, mesh, eval, generate",

@@ -13,16 +13,21 @@ from uld_jax.errors import UserError
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ((-1, 1, 1), (8, 1, 1)),
-        ((1, -1, 2), (1, 4, 2)),
-        ((2, 2, -1), (2, 2, 2)),
-        ((2, 4, 1), (2, 4, 1)),
-        ((8, -1, 1), (8, 1, 1)),
+        ((-1, 1, 1), (8, 1, 1, 1)),
+        ((1, -1, 2), (1, 4, 1, 2)),
+        ((2, 2, -1), (2, 2, 1, 2)),
+        ((2, 4, 1), (2, 4, 1, 1)),
+        ((8, -1, 1), (8, 1, 1, 1)),
+        ((1, 2, 1, -1), (1, 2, 4, 1)),
+        ((-1, 1, 2, 2), (2, 1, 2, 2)),
     ],
 )
 def test_mesh_shape(given, expected):
-    assert sharding.mesh_shape(*given, device_count=8) == expected
-    assert tuple(sharding.make_mesh(*given).shape.values()) == expected
+    first, sequence = given[:3], (*given[3:], 1)[0]
+    assert sharding.mesh_shape(*first, device_count=8, sequence=sequence) == expected
+    mesh = sharding.make_mesh(*first, sequence=sequence)
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
 
 
 @pytest.mark.parametrize(
@@ -32,7 +37,8 @@ def test_axes_that_do_not_fit_the_devices(given):
     with pytest.raises(UserError) as caught:
         sharding.make_mesh(*given)
     message = str(caught.value)
-    assert str(given) in message
+    data, fsdp, tensor = given
+    assert f"mesh (data, fsdp, sequence, tensor) = {(data, fsdp, 1, tensor)}" in message
     assert "8 devices" in message
     assert "config.mesh" in message
     assert "\n" not in message
@@ -69,6 +75,86 @@ def test_the_order_of_devices_is_kept():
 
 def test_batch_shards():
     assert sharding.batch_shards(sharding.make_mesh(2, 2, 2)) == 4
+    assert sharding.batch_shards(sharding.make_mesh(2, 1, 2, sequence=2)) == 2
+
+
+class Device:
+    """Of a machine that tests do not have; the mesh is never computed on."""
+
+    platform = "gpu"
+
+    def __init__(self, number, slice_index=None):
+        self.number, self.process_index = number, number // 2
+        if slice_index is not None:
+            self.slice_index = slice_index
+
+
+def slices_of(mesh, slice_of):
+    """The slices that each place of the data axis has devices of."""
+    return [{slice_of(device) for device in part.flat} for part in mesh.devices]
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_the_data_axis_alone_spans_the_slices(slices):
+    mesh = sharding.make_mesh(4, 1, 2, slices=slices)
+    order = jax.devices()
+    each = [order.index(device) * slices // 8 for device in mesh.devices.flat]
+    by_place = [{*each[2 * place : 2 * place + 2]} for place in range(4)]
+    assert by_place == [{place * slices // 4} for place in range(4)]
+    x = jax.device_put(np.arange(8.0), sharding.named_sharding(mesh, ("batch",)))
+    assert {shard.data.shape for shard in x.addressable_shards} == {(2,)}
+
+
+def test_slices_of_machines_are_told_apart_by_the_devices():
+    devices = [Device(number, slice_index=number % 2) for number in range(8)]
+    mesh = sharding.make_mesh(2, 2, 2, slices=2, devices=devices, keep_order=True)
+    assert slices_of(mesh, lambda d: d.slice_index) == [{0}, {1}]
+    # Without slices: contiguous, process by process, in whatever order they were given.
+    devices = [Device(number) for number in (6, 7, 0, 1, 2, 3, 4, 5)]
+    mesh = sharding.make_mesh(2, 1, 2, sequence=2, slices=2, devices=devices, keep_order=True)
+    assert slices_of(mesh, lambda d: d.process_index // 2) == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+    ("data", "slices", "of_each", "message"),
+    [
+        (-1, 3, None, "3 slices do not divide the 8 shards of the data axis"),
+        (2, 4, None, "4 slices do not divide the 2 shards of the data axis"),
+        (8, 0, None, "0 slices do not divide"),
+        (8, 4, lambda number: number % 2, "config.mesh.slices: expected 2, the slices that the 8"),
+        (8, 2, lambda number: number // 5, "got 2 for parts of 5, 3"),
+        (8, 2, lambda number: 0, "config.mesh.slices: expected 1, the slices"),
+    ],
+)
+def test_slices_that_do_not_fit(data, slices, of_each, message):
+    devices = [Device(number, of_each and of_each(number)) for number in range(8)]
+    rest = {"keep_order": True, "fsdp": 1 if data in (-1, 8) else 4}
+    with pytest.raises(UserError) as caught:
+        sharding.make_mesh(data, slices=slices, devices=devices, **rest)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_slices_of_tpus_must_be_named():
+    devices = [Device(number, slice_index=number // 4) for number in range(8)]
+    assert sharding.make_mesh(8, devices=devices, keep_order=True).devices.size == 8
+    for device in devices:
+        device.platform = "tpu"
+    with pytest.raises(UserError, match="expected 2, the slices that the 8 devices belong to"):
+        sharding.make_mesh(8, devices=devices, keep_order=True)
+
+
+def test_parameters_may_be_whole_on_the_fsdp_axis():
+    whole, cut = (sharding.parameter_rules(sharded) for sharded in (False, True))
+    assert cut == sharding.RULES
+    axes = ("layers", "embed", "mlp")
+    assert sharding.partition_spec(axes, whole) == PartitionSpec(None, None, "tensor")
+    mesh = sharding.make_mesh(1, 4, 2)
+    # What does not divide is not cut.
+    named = sharding.named_sharding(mesh, axes, (2, 5, 4), rules=whole)
+    assert named.shard_shape((2, 5, 4)) == (2, 5, 2)
+    with pytest.raises(UserError, match="'embed' has size 5"):
+        sharding.named_sharding(mesh, axes, (2, 5, 4), rules=cut)
 
 
 def test_partition_spec():
@@ -115,6 +201,14 @@ def test_an_axis_that_does_not_divide(axes, shape, parts):
     assert message.startswith("blocks.mlp.up: ")
     assert [part for part in parts if part not in message] == []
     assert "\n" not in message
+
+
+def test_an_axis_left_to_the_compiler_stays_as_it_is():
+    mesh = sharding.make_mesh(2, 1, 2, sequence=2)
+    x = jax.device_put(np.zeros((4, 6, 8)), sharding.named_sharding(mesh, (None, "length", "mlp")))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: sharding.constrain(2 * x, "batch", None, ...))(x)
+    assert y.sharding.shard_shape(y.shape) == (2, 6, 4)
 
 
 def test_constrain_without_a_mesh_is_the_identity():

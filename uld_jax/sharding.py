@@ -1,10 +1,12 @@
 """Meshes and logical-axis rules: which array axis lies on which mesh axis.
 
-Every parameter names its axes ("vocab", "embed", "heads", …); `RULES` maps those names to the
-three mesh axes. One table serves every model, so a new family needs no sharding code.
+Every parameter names its axes ("vocab", "embed", "heads", …), and rules map those names to the
+four mesh axes. One table serves every family, so a new one needs no sharding code; each model may
+have a table of its own (`parameter_rules`).
 """
 
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -13,14 +15,20 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from uld_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+# The last axis has the most traffic, and gets the closest devices.
+# Parameters lie in parts on FSDP; the last axis has the most traffic, and gets the closest devices.
+FSDP = "fsdp"
+MESH_AXES = ("data", FSDP, "sequence", "tensor")
+BATCH_AXES = ("data", FSDP)
 
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
     "batch": BATCH_AXES,
+    "rows": (*BATCH_AXES, "sequence"),
+    "length": "sequence",
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": FSDP,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -31,7 +39,35 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def mesh_shape(data: int, fsdp: int, tensor: int, device_count: int) -> tuple[int, int, int]:
+def parameter_rules(sharded: bool) -> Rules:
+    """The rules of a model's parameters.
+
+    Args:
+        sharded: Whether each device of the fsdp axis holds a part of them (with the optimizer's
+            moments: ZeRO-3) or all of them (the moments in parts: ZeRO-1).
+
+    Returns:
+        Logical axis to mesh axes.
+
+    Example:
+        >>> tuple(partition_spec(("vocab", "embed"), parameter_rules(sharded=False)))
+        ('tensor', None)
+
+    Reference:
+        Rajbhandari et al., arXiv 1910.02054.
+    """
+    return RULES if sharded else {**RULES, "embed": None}
+
+
+def mesh_shape(
+    data: int,
+    fsdp: int,
+    tensor: int,
+    device_count: int,
+    *,
+    sequence: int = 1,
+    slices: int = 1,
+) -> tuple[int, int, int, int]:
     """Fills in the one axis given as -1 and checks that the axes multiply to the device count.
 
     Args:
@@ -39,19 +75,22 @@ def mesh_shape(data: int, fsdp: int, tensor: int, device_count: int) -> tuple[in
         fsdp: Shards of parameters and batch, or -1.
         tensor: Shards of heads, MLP and vocabulary, or -1.
         device_count: Devices to place.
+        sequence: Shards of every row's tokens, or -1.
+        slices: Groups of devices with a fast network, which the data axis spans.
 
     Returns:
-        The three axis sizes.
+        The axis sizes in the order of `MESH_AXES`.
 
     Raises:
-        UserError: More than one -1, or a product that is not the device count.
+        UserError: More than one -1, a product that is not the device count, or slices that do not
+            divide the data axis.
 
     Example:
         >>> mesh_shape(-1, 2, 2, device_count=8)
-        (2, 2, 2)
+        (2, 2, 1, 2)
     """
-    sizes = [data, fsdp, tensor]
-    given = "mesh (data, fsdp, tensor) = " + str((data, fsdp, tensor))
+    sizes = [data, fsdp, sequence, tensor]
+    given = f"mesh ({', '.join(MESH_AXES)}) = {tuple(sizes)}"
     if sizes.count(-1) > 1:
         raise UserError(f"{given}: at most one axis may be -1 (the remaining devices)")
     known = int(np.prod([size for size in sizes if size != -1]))
@@ -62,7 +101,12 @@ def mesh_shape(data: int, fsdp: int, tensor: int, device_count: int) -> tuple[in
             f"{given} does not multiply to the {device_count} devices present: "
             "change config.mesh.* (one axis may be -1)"
         )
-    return sizes[0], sizes[1], sizes[2]
+    if slices < 1 or sizes[0] % slices:
+        raise UserError(
+            f"{given}: {slices} slices do not divide the {sizes[0]} shards of the data axis, which "
+            f"spans them, of {device_count} devices; change config.mesh.slices or config.mesh.data"
+        )
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 def make_mesh(
@@ -70,35 +114,89 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     *,
+    sequence: int = 1,
+    slices: int = 1,
     devices: Sequence[Any] | None = None,
     keep_order: bool = False,
 ) -> Mesh:
-    """Lays the devices out as a (data, fsdp, tensor) mesh.
+    """Lays the devices out as a (data, fsdp, sequence, tensor) mesh.
+
+    Between slices (of TPUs, or hosts of GPUs) the network is slower than within one. The data axis
+    alone spans them, slice by slice: what crosses them is one sum of gradients a step.
 
     Args:
         data: Data-parallel shards, or -1 for the remaining devices.
         fsdp: Shards of parameters and batch, or -1.
         tensor: Shards of heads, MLP and vocabulary, or -1.
+        sequence: Shards of every row's tokens, or -1.
+        slices: How many there are. Devices that belong to none, such as CPUs, are cut into as many
+            parts, in the order of their processes.
         devices: The devices; all of them by default.
-        keep_order: Whether they stay in this order. For whole slices of TPUs jax has one that
-            suits their network; for parts of them it has none.
+        keep_order: Whether they stay in this order within a slice. For whole slices of TPUs jax
+            has one that suits their network; for parts of them it has none.
 
     Returns:
-        A mesh with the axes "data", "fsdp" and "tensor".
+        A mesh with the axes of `MESH_AXES`.
 
     Raises:
-        UserError: The axes do not multiply to the number of devices.
+        UserError: The axes do not multiply to the number of devices, or the slices are not those
+            that the devices belong to.
 
     Example:
         >>> make_mesh(1, 1, 1, devices=jax.devices()[:1]).axis_names
-        ('data', 'fsdp', 'tensor')
+        ('data', 'fsdp', 'sequence', 'tensor')
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(data, fsdp, tensor, len(devices))
+    shape = mesh_shape(data, fsdp, tensor, len(devices), sequence=sequence, slices=slices)
+    inner = (shape[0] // slices, *shape[1:])
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    if keep_order:
-        return Mesh(np.array(devices, object).reshape(shape), MESH_AXES, axis_types=auto)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    parts = [
+        np.array(part, object).reshape(inner)
+        if keep_order
+        else jax.make_mesh(inner, MESH_AXES, axis_types=auto, devices=part).devices
+        for part in _by_slice(devices, slices)
+    ]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=auto)
+
+
+def _by_slice(devices: Sequence[Any], slices: int) -> list[Sequence[Any]]:
+    """The devices of each slice, as many in each."""
+    own = [getattr(device, "slice_index", None) for device in devices]
+    present = sorted({index for index in own if index is not None})
+    # Hosts of GPUs need not be told apart, but jax has no order for several slices of TPUs.
+    if slices == 1 and not (len(present) > 1 and devices[0].platform == "tpu"):
+        return [devices]
+    if not present:
+        ordered, size = sorted(devices, key=lambda d: d.process_index), len(devices) // slices
+        return [ordered[start : start + size] for start in range(0, len(devices), size)]
+    parts = [[d for d, at in zip(devices, own, strict=True) if at == index] for index in present]
+    if sorted({*map(len, parts)}) != [len(devices) // slices]:
+        raise UserError(
+            f"config.mesh.slices: expected {len(present)}, the slices that the {len(devices)} "
+            f"devices belong to, with as many in each, got {slices} for parts of "
+            f"{', '.join(str(len(part)) for part in parts)}"
+        )
+    return list(parts)
+
+
+def fold_sequence(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, with those of the sequence axis as shards of the batch.
+
+    For programs that read no long rows, such as generation, whose rows are then spread over all.
+
+    Args:
+        mesh: From `make_mesh`.
+
+    Returns:
+        A mesh whose sequence axis has size 1; arrays may stay as they lie on the other one.
+
+    Example:
+        >>> fold_sequence(make_mesh(1, 1, 1, devices=jax.devices()[:1])).shape["sequence"]
+        1
+    """
+    data, fsdp, sequence, tensor = mesh.devices.shape
+    devices = mesh.devices.reshape(data, fsdp * sequence, 1, tensor)
+    return Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
 
 
 def split_devices(counts: Sequence[int], devices: Sequence[Any] | None = None) -> list[list[Any]]:
@@ -160,11 +258,15 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+def partition_spec(
+    axes: Sequence[str | EllipsisType | None], rules: Rules = RULES
+) -> PartitionSpec:
     """Maps logical axis names to mesh axes.
 
     Args:
-        axes: One logical name an array axis, None for an axis that is never sharded.
+        axes: One logical name an array axis, None for an axis that is never sharded, ... for one
+            that is left to the compiler.
+        rules: The map.
 
     Returns:
         The PartitionSpec.
@@ -176,18 +278,27 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
         >>> tuple(partition_spec(("vocab", "embed")))
         ('tensor', 'fsdp')
     """
-    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    unknown = [axis for axis in axes if isinstance(axis, str) and axis not in rules]
     if unknown:
-        raise ValueError(f"unknown logical axes {unknown}; known: {sorted(RULES)}")
-    mapped = [None if axis is None else RULES[axis] for axis in axes]
+        raise ValueError(f"unknown logical axes {unknown}; known: {sorted(rules)}")
+    mapped = [rules[axis] if isinstance(axis, str) else None for axis in axes]
     used = [m for entry in mapped if entry for m in ((entry,) if isinstance(entry, str) else entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} put one mesh axis on two array axes: {used}")
-    return PartitionSpec(*mapped)
+    return PartitionSpec(
+        *(
+            PartitionSpec.UNCONSTRAINED if axis is ... else entry
+            for axis, entry in zip(axes, mapped, strict=True)
+        )
+    )
 
 
 def named_sharding(
-    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None, name: str = "array"
+    mesh: Mesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int] | None = None,
+    name: str = "array",
+    rules: Rules = RULES,
 ) -> NamedSharding:
     """The NamedSharding of an array with these logical axes.
 
@@ -196,6 +307,7 @@ def named_sharding(
         axes: One logical name an array axis.
         shape: The array's shape, to check that every sharded axis divides.
         name: What to call the array in an error.
+        rules: Which mesh axis each logical axis lies on.
 
     Returns:
         The sharding.
@@ -208,7 +320,7 @@ def named_sharding(
         >>> tuple(named_sharding(mesh, ("vocab", "embed"), (16, 8)).spec)
         ('tensor', 'fsdp')
     """
-    spec = partition_spec(axes)
+    spec = partition_spec(axes, rules)
     for axis, size, entry in zip(axes, shape or (), spec, strict=False):
         shards = 1
         for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
@@ -221,12 +333,12 @@ def named_sharding(
     return NamedSharding(mesh, spec)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
     """Pins an activation to its logical axes where a mesh is set (`jax.set_mesh`), else a no-op.
 
     Args:
         x: Any array inside a jitted function.
-        *axes: One logical name an array axis.
+        *axes: See `partition_spec`.
 
     Returns:
         x.

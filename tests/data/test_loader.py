@@ -92,6 +92,12 @@ def test_one_shape_a_bucket_and_no_larger_than_needed(buckets):
     assert max(shape.student_length for shape in made.shapes) == -(-longest // 8) * 8
 
 
+def test_lengths_and_positions_divide_by_the_parts_of_a_row():
+    (shape,) = loader(position_multiple=2, length_parts=3).shapes
+    assert shape.student_length % 48 == shape.teacher_lengths[0] % 48 == 0
+    assert shape.positions % 6 == 0
+
+
 def test_buckets_save_padding():
     def padding(buckets):
         made = batches(loader(buckets=buckets, epochs=1, length_multiple=1))

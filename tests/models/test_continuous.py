@@ -8,10 +8,10 @@ from flax import nnx
 
 from uld_jax import models
 from uld_jax.models.continuous import Batcher
-from uld_jax.models.decode import _runs
+from uld_jax.models.decode import _mesh_of, _runs
 from uld_jax.models.pool import Plan, Request, advance, fill, refill
 from uld_jax.models.stop_strings import StopStrings
-from uld_jax.sharding import make_mesh, named_sharding
+from uld_jax.sharding import fold_sequence, make_mesh, named_sharding
 from uld_jax.testing import tiny_config, tiny_t5
 
 RNG = np.random.default_rng(0)
@@ -149,6 +149,18 @@ def test_few_prompts_sampled_on_a_mesh(shape, lively):
     settings = SETTINGS | {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}
     expected = models.generate(model, PROMPTS[:3], **settings)
     assert models.generate(placed(model, make_mesh(*shape)), PROMPTS[:3], **settings) == expected
+
+
+def test_a_sequence_axis_has_rows_of_the_pool(lively):
+    mesh = make_mesh(2, 1, 2, sequence=2)
+    folded = fold_sequence(mesh)
+    assert dict(folded.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert (folded.devices.flatten() == mesh.devices.flatten()).all()
+    model = lively(tiny_config())
+    own = placed(model, mesh)
+    assert _mesh_of(own) == folded
+    prompts, settings = PROMPTS[:6], SETTINGS | {"batch_size": 3}
+    assert models.generate(own, prompts, **settings) == models.generate(model, prompts, **settings)
 
 
 def test_samples_depend_on_nothing_but_key_prompt_and_step(lively):

@@ -16,12 +16,11 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from uld_jax.models import Decoder, Policy
 from uld_jax.models.flash import choose_backend, splash_attention
 from uld_jax.models.layers import attention, attention_mask
-from uld_jax.sharding import MESH_AXES, make_mesh
+from uld_jax.sharding import make_mesh
 from uld_jax.testing import tiny_config, tiny_gemma
 from uld_jax.train.state import param_shardings
 
@@ -35,8 +34,8 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (40, 0.0), (0, 2.0)])
-@pytest.mark.parametrize("meshed", [False, True])
-def test_splash_equals_plain_attention(window, softcap, meshed):
+@pytest.mark.parametrize("sequence", [0, 1, 2], ids=["alone", "meshed", "sequence"])
+def test_splash_equals_plain_attention(window, softcap, sequence):
     q, k, v = normal(2, 256, 4, 16), normal(2, 256, 2, 16), normal(2, 256, 2, 16)
     weights = normal(2, 256, 4, 16)
     positions = jnp.broadcast_to(jnp.arange(256), (2, 256))
@@ -51,9 +50,10 @@ def test_splash_equals_plain_attention(window, softcap, meshed):
     def plain(q, k, v):
         return (weights * attention(q, k, v, mask, scale=0.3, softcap=softcap)).sum()
 
-    mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4]) if meshed else make_mesh(8, 1, 1)
     found = jax.value_and_grad(kernel, argnums=(0, 1, 2))
-    if meshed:
+    if sequence:
+        devices = jax.devices()[: 4 * sequence]
+        mesh = make_mesh(1, 2, 2, sequence=sequence, devices=devices)
         with jax.set_mesh(mesh):
             found = jax.jit(found)(q, k, v)
     else:
@@ -77,6 +77,15 @@ def test_the_backend_suits_model_and_machine(changes, attention, length, expecte
     assert choose_backend(tiny_config(**changes), Policy(attention=attention), length) == expected
 
 
+def test_the_backend_suits_a_row_in_parts():
+    mesh = make_mesh(1, 1, 1, sequence=2, devices=jax.devices()[:2])
+    half = {"splash": Policy(attention="splash"), "cudnn": Policy("bfloat16", attention="cudnn")}
+    with jax.set_mesh(mesh):
+        assert choose_backend(tiny_config(), half["splash"], 256) == "splash"
+        assert choose_backend(tiny_config(), half["splash"], 128) == "xla"
+        assert choose_backend(tiny_config(), half["cudnn"], 256) == "xla"
+
+
 def loss_gradient(config, attention):
     """The gradient function of a decoder in bfloat16, and its abstract arguments."""
     policy = Policy("bfloat16", remat="dots", attention=attention)
@@ -93,8 +102,7 @@ def loss_gradient(config, attention):
 def compile_for_tpu():
     """Of each backend: whether the program calls kernels, and temporary bytes of a chip."""
     slice_2x2 = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    devices = np.array(slice_2x2.devices).reshape(1, 2, 2)
-    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(1, 2, 2, devices=slice_2x2.devices)
     config = tiny_gemma(heads=8, kv_heads=2, head_dim=64, width=128, mlp_width=256, window=256)
     facts = {}
     for backend in ("splash", "xla"):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.plan.commands import STUDENT, run_commands, write_config
 from uld_jax.cli.main import main
-from uld_jax.plan import size
+from uld_jax.plan import CHIPS, size
 from uld_jax.testing import tiny_config, tiny_gemma
 
 CONFIG = """
@@ -66,6 +66,7 @@ def planned(root):
         "cache": [*plan, "--topology=v5e:2x2", "--program=cache", f"--json={root / 'cache.json'}"],
         "hosts": [*plan, "--topology=v5e:4x4", "--program=cache"],
         "shape": [*plan, "--topology=v5e:3x3"],
+        "slices": [*plan, "--topology=2xv5e:2x2"],
         "mesh": [*plan, "--topology=v5e:2x2", "--config.mesh.tensor=3"],
     }
     return run_commands(commands)
@@ -185,6 +186,7 @@ def test_a_cache_of_signals_is_planned(root, planned):
         ("shape", "v5e:3x3"),
         ("mesh", "mesh: expected"),
         ("hosts", "give the slice of one host, such as v5e:2x2"),
+        ("slices", "mesh.slices: expected 2, the slices that the 8 devices belong to"),
     ],
 )
 def test_a_bad_slice_or_mesh_is_one_clear_error(planned, name, expected):
@@ -194,6 +196,32 @@ def test_a_bad_slice_or_mesh_is_one_clear_error(planned, name, expected):
     assert errors[0].startswith("error: "), result["err"]
     assert expected in result["err"]
     assert "Traceback" not in result["err"]
+
+
+@pytest.mark.slow
+def test_two_slices_exchange_gradients_alone(root, planned):
+    """With whole and cut rows: nothing but sums goes over the network between the slices."""
+    report = root / "two.json"
+    axes = {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1, "slices": 2}
+    flags = [f"--config.mesh.{name}={size}" for name, size in axes.items()]
+    flags += [f"--config.{model}.max_length=256" for model in ("student", "teacher")]
+    command = ["plan", f"--config={root / 'config.py'}", "--topology=2xv5e:2x2", *flags]
+    result = run_commands({"two": [*command, f"--json={report}"]})["two"]
+    assert result["status"] == 0, result["err"]
+    [plan] = plans(root, "two")
+    assert plan["topology"] == "2xv5e:2x2"
+    assert plan["chips"] == 8
+    assert plan["mesh"] == {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
+    between = {kind: found for kind, found in plan["collectives"].items() if "slices" in kind}
+    assert list(between) == ["all-reduce between slices"]
+    [traffic] = between.values()
+    # f32 gradients, of which a chip has half, or after a further cut a quarter.
+    gradients = 4 * (STUDENT.vocab_size * STUDENT.width + 3 * layer_parameters(STUDENT))
+    assert gradients / 8 < traffic["bytes"] < gradients / 2 * 1.1
+    assert "all-reduce between slices" in result["out"]
+    assert "the estimate leaves out what goes between slices" in result["out"]
+    within = sum(t["sent"] for kind, t in plan["collectives"].items() if kind not in between)
+    assert plan["estimate"]["network"] == pytest.approx(within / CHIPS["v5e"].network_bandwidth)
 
 
 @pytest.fixture
@@ -263,7 +291,7 @@ def test_the_step_lowers_for_cuda(uld, tmp_path, changes):
     found = json.loads(report.read_text())
     matrices = STUDENT.vocab_size * STUDENT.width + 3 * layer_parameters(STUDENT)
     assert found["program_lines"] > 500
-    assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 2}
     trains_all = "--config.student.lora_rank=4" not in changes
     assert (found["bytes"]["optimizer state"] > matrices) == trains_all
     has_teacher = "--config.teacher.mode=cache" not in changes

@@ -1,7 +1,5 @@
 """The search over batches and meshes, with a memory model in place of the compiler's minutes."""
 
-import dataclasses
-
 import pytest
 
 from uld_jax.config import DataConfig, MeshConfig, RunConfig
@@ -20,7 +18,7 @@ class Machine:
         self.compiled = []
 
     def plan(self, config):
-        mesh = dataclasses.asdict(config.mesh)
+        mesh = config.mesh.axes
         batch = config.data.batch_size
         self.compiled.append(batch)
         on_chip = batch / (mesh["data"] * mesh["fsdp"])
@@ -85,21 +83,33 @@ def test_meshes_are_ranked_and_reasons_given():
     plans, left_out = sweep(config_of(8), [tiny_config(heads=8)], 4, machine.plan)
     # Four rows on a chip fit where the batch has two shards or more: all but none here.
     assert [tuple(plan.mesh.values()) for plan in plans] == [
-        (4, 1, 1),
-        (2, 2, 1),
-        (2, 1, 2),
-        (1, 4, 1),
-        (1, 2, 2),
+        (4, 1, 1, 1),
+        (2, 2, 1, 1),
+        (2, 1, 1, 2),
+        (1, 4, 1, 1),
+        (1, 2, 1, 2),
     ]
     plans, left_out = sweep(config_of(16), [tiny_config(heads=8)], 4, machine.plan)
     assert [plan.fits for plan in plans] == [True, True, True, False, False]
-    assert left_out == ["data 1 x fsdp 1 x tensor 4: embed: axis 'vocab' has size 66"]
+    assert left_out == ["data 1 x fsdp 1 x sequence 1 x tensor 4: embed: axis 'vocab' has size 66"]
     text = table(plans)
     assert len(text) == len(plans) + 2
     assert len({len(line) for line in text}) == 1
     for plan, line in zip(plans, text[2:], strict=True):
         assert f"fsdp {to_json(plan)['mesh']['fsdp']}" in line
         assert ("| yes" in line) == plan.fits
+
+
+def test_the_sequence_axis_and_the_slices_are_the_configs():
+    mesh = MeshConfig(sequence=2, slices=2)
+    config = RunConfig(data=DataConfig(batch_size=8), mesh=mesh)
+    plans, left_out = sweep(config, [tiny_config(heads=8)], 8, Machine(4).plan)
+    assert sorted(tuple(plan.mesh.values()) for plan in plans) == [
+        (2, 1, 2, 2),
+        (2, 2, 2, 1),
+        (4, 1, 2, 1),
+    ]
+    assert left_out == []
 
 
 def test_heads_and_rows_must_divide():

@@ -74,7 +74,13 @@ def one_step(student, teacher, pairs, mesh, micro_batches=1):
     )
     groups = batch_shards(mesh)
     loader = make_loader(
-        pairs, batch_size=8, epochs=1, seed=0, groups=groups, micro_batches=micro_batches
+        pairs,
+        batch_size=8,
+        epochs=1,
+        seed=0,
+        groups=groups,
+        micro_batches=micro_batches,
+        length_parts=mesh.shape["sequence"],
     )
     batch = to_mesh(next(loader.iterator()), mesh)
     teacher_params = jax.device_put(teacher_params, param_shardings(teacher_params, mesh))
@@ -114,9 +120,13 @@ def test_the_loss_is_that_of_each_text_alone(setting, alone):
     np.testing.assert_allclose(metrics["uld"], np.mean(distances), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "micro_batches"), [((2, 2, 2), 1), ((1, 1, 1), 2)])
+@pytest.mark.parametrize(
+    ("shape", "micro_batches"),
+    [((2, 2, 2), 1), ((1, 1, 1), 2), pytest.param((1, 1, 1, 2), 1, marks=pytest.mark.slow)],
+)
 def test_every_mesh_and_accumulation_take_the_same_step(setting, alone, shape, micro_batches):
-    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = make_mesh(*shape[:3], sequence=(*shape, 1)[3], devices=devices)
     student, teacher, pairs = setting
     metrics, moments = one_step(student, teacher, pairs, mesh, micro_batches)
     for name in ("total", "cross_entropy", "uld", "grad_norm"):

@@ -19,7 +19,7 @@ from uld_jax.data.signal_store import ANSWERS
 from uld_jax.errors import UserError
 from uld_jax.files import AnyPath, locate
 from uld_jax.processes import is_first, wait_for_all
-from uld_jax.sharding import make_mesh
+from uld_jax.sharding import fold_sequence
 from uld_jax.teacher import (
     CompletionsClient,
     Server,
@@ -119,9 +119,10 @@ def _own_mesh(config: RunConfig) -> Mesh:
     """This process's devices: each process has a whole teacher and needs no other."""
     sizes = config.mesh
     if jax.process_count() == 1:
-        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-    data = sizes.data if -1 in (sizes.fsdp, sizes.tensor) else -1
-    return make_mesh(data, sizes.fsdp, sizes.tensor, devices=jax.local_devices())
+        return fold_sequence(compose.mesh_of(sizes))
+    data = sizes.data if -1 in (sizes.fsdp, sizes.sequence, sizes.tensor) else -1
+    own = dataclasses.replace(sizes, data=data, slices=1)
+    return fold_sequence(compose.mesh_of(own, devices=jax.local_devices()))
 
 
 def _answers(job: _Job) -> dict[str, str]:

@@ -25,7 +25,7 @@ from rich.progress import (
 from uld_jax import buckets, models
 from uld_jax import config as configs
 from uld_jax.cli.shots import shot_pool_of
-from uld_jax.config import BaseModelConfig, DataConfig, RunConfig, TeacherConfig
+from uld_jax.config import BaseModelConfig, DataConfig, MeshConfig, RunConfig, TeacherConfig
 from uld_jax.data import (
     Example,
     Side,
@@ -38,7 +38,7 @@ from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import AnyPath, locate, make_directory, remove_tree, write_json
 from uld_jax.processes import agreed, differing, is_first, wait_for_all
-from uld_jax.sharding import make_mesh, split_devices
+from uld_jax.sharding import make_mesh, parameter_rules, split_devices
 from uld_jax.train import adapt, restore_params
 
 console = Console()
@@ -144,6 +144,24 @@ def claim_workdir(path: str, config: RunConfig) -> AnyPath:
     return workdir
 
 
+def mesh_of(axes: MeshConfig, **options: Any) -> Mesh:
+    """The mesh that a config describes.
+
+    Args:
+        axes: The config.
+        **options: `make_mesh`'s devices and keep_order.
+
+    Returns:
+        The mesh.
+
+    Example:
+        >>> mesh_of(MeshConfig(sequence=-1, data=1)).shape["data"]
+        1
+    """
+    sizes = {"sequence": axes.sequence, "slices": axes.slices}
+    return make_mesh(axes.data, axes.fsdp, axes.tensor, **sizes, **options)
+
+
 def meshes(config: RunConfig, devices: Sequence[Any] | None = None) -> dict[str, Mesh]:
     """Which devices hold which model.
 
@@ -161,13 +179,13 @@ def meshes(config: RunConfig, devices: Sequence[Any] | None = None) -> dict[str,
     """
     own = configs.streaming_devices(config)
     left, *parts = split_devices([*own.values()], devices)
-    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    student = make_mesh(*axes, devices=left, keep_order=bool(own))
+    student = mesh_of(config.mesh, devices=left, keep_order=bool(own))
     teachers = config.teacher_groups()
     found = {"student": student, **dict.fromkeys(teachers, student)}
     for path, devices in zip(own, parts, strict=True):
         fsdp, tensor = teachers[path].fsdp, teachers[path].tensor
-        found[path] = make_mesh(-1, fsdp, tensor, devices=devices, keep_order=True)
+        axes = MeshConfig(-1, fsdp, tensor, slices=config.mesh.slices)
+        found[path] = mesh_of(axes, devices=devices, keep_order=True)
     return found
 
 
@@ -189,6 +207,7 @@ def load_model(which: str, config: BaseModelConfig, mesh: Mesh) -> models.Loaded
             param_dtype=config.param_dtype,
             remat=config.remat,
             mesh=mesh,
+            rules=parameter_rules(config.shard_parameters),
         )
     count = sum(leaf.size for leaf in jax.tree.leaves(models.parameters(m.model)))
     say(

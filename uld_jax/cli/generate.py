@@ -14,7 +14,6 @@ from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
 from uld_jax.errors import UserError
 from uld_jax.files import AnyPath, locate, remove_tree, write_text
 from uld_jax.processes import is_first
-from uld_jax.sharding import make_mesh
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
             remove_tree(directory)  # killed after its last step but one
         say(f"answers: {output}")
         return
-    mesh = config.mesh
-    mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=jax.local_devices())
+    mesh = compose.mesh_of(config.mesh, devices=jax.local_devices())
     split = config.generate.split
     examples = compose.load_split(config, split)
     pool = examples

@@ -116,7 +116,8 @@ def _add_plan_flags(command: argparse.ArgumentParser) -> None:
         "--topology",
         metavar="NAME[,NAME]",
         required=True,
-        help="slices, such as v5e:4x4; with --platform=cuda a number of GPUs",
+        help="slices, such as v5e:4x4; 2xv5e:4x4 is two of them, joined by a slower network "
+        "(mesh.slices=2); with --platform=cuda a number of GPUs",
     )
     command.add_argument(
         "--platform", choices=("tpu", "cuda"), default="tpu", help="for CUDA it is lowered only"

@@ -1,6 +1,7 @@
 """`uld-jax plan`: whether a run's programs fit a TPU slice, before there is one."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from uld_jax import plan as planning
 from uld_jax.benchmark.timing import without_compilation_cache
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, say
-from uld_jax.config import RunConfig, streaming_devices
+from uld_jax.config import MeshConfig, RunConfig, streaming_devices
 from uld_jax.errors import UserError
 from uld_jax.files import write_json
 from uld_jax.plan import Plan, Slice
@@ -77,7 +78,7 @@ def _plan_slice(
         shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         title = f"{where.name}, {shape}, batch {job.batch_size}"
         with console.status(f"compiling for {title}"):
-            found = planning.make_plans(job, mesh, where)
+            found = planning.make_plans(job, where)
         if args.largest or args.sweep:
             say(f"{title}: {'fits' if found[-1].fits else 'does not fit'}")
         return found
@@ -93,6 +94,8 @@ def _plan_slice(
         )
     mesh = compose.meshes(config, where.devices)["student"]
     if args.sweep:
+        axes = MeshConfig(**mesh.shape, slices=config.mesh.slices)
+        config = dataclasses.replace(config, mesh=axes)
         return planning.sweep(config, [*made_of.values()], mesh.size, plan)
     if not args.largest:
         found = plans(config)

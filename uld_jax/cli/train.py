@@ -229,6 +229,7 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         micro_batches=config.train.accumulation,
         groups=batch_shards(job.meshes["student"]),
         buckets=config.data.buckets,
+        length_parts=job.meshes["student"].shape["sequence"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         answer_room=on_policy.answer_room if (on_policy := _on_policy(job)) else 0,

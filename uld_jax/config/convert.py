@@ -61,7 +61,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
     Example:
         >>> to_dict(RunConfig())["mesh"]
-        {'data': -1, 'fsdp': 1, 'tensor': 1}
+        {'data': -1, 'fsdp': 1, 'tensor': 1, 'sequence': 1, 'slices': 1}
     """
     values = dataclasses.asdict(config)
     return values | {EXTRA[:-1]: [*values[EXTRA[:-1]]]}

@@ -21,6 +21,9 @@ class BaseModelConfig:
         shots: worked examples in its prompt.
         chat: use of the tokenizer's chat template: auto (where there is one) | always | never.
         max_length: tokens; a longer prompt + answer is dropped and counted.
+        shard_parameters: each device of mesh.fsdp holds a part of its parameters, and gathers each
+            layer's when it computes it (ZeRO-3); false = it holds all of them, faster where they
+            fit, and of the student a part of the optimizer's moments (ZeRO-1).
     """
 
     source: str = rules.field(
@@ -32,6 +35,7 @@ class BaseModelConfig:
     shots: int = rules.at_least(0, 0)
     chat: str = rules.choice("auto", "always", "never")
     max_length: int = rules.at_least(1, 1024)
+    shard_parameters: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,13 +268,28 @@ class MeshConfig:
 
     Attributes:
         data: replicas, each with its part of the batch.
-        fsdp: shards of parameters and optimizer state, each with its part of the batch.
+        fsdp: shards of parameters and optimizer state (student.shard_parameters says which), each
+            with its part of the batch.
         tensor: shards of every matrix product.
+        sequence: shards of every row's tokens, for rows too long for one device. Attention gathers
+            the keys and values of whole rows; generation has rows of the batch on them instead.
+        slices: groups of devices with a fast network (TPU slices, or hosts), between which it is
+            slower; data spans them, and the other axes stay within one.
     """
 
     data: int = rules.axis(-1)
     fsdp: int = rules.axis(1)
     tensor: int = rules.axis(1)
+    sequence: int = rules.axis(1)
+    slices: int = rules.at_least(1, 1)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The size of each axis of the mesh."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in self.axes.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,29 +172,34 @@ def _no_room(answer: str, length: str, new_tokens: int, max_length: int) -> str:
 
 
 def _mesh_errors(mesh: MeshConfig, device_count: int | None) -> list[str]:
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-    shape = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+    sizes = [*mesh.axes.values()]
     if sizes.count(-1) > 1:
-        return [f"mesh: expected at most one axis of -1, got {shape}; set the others to 1 or more"]
-    if device_count is None:
-        return []
+        return [f"mesh: expected at most one axis of -1, got {mesh}; set the others to 1 or more"]
     known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and device_count % known:
+    if device_count is not None and -1 in sizes and device_count % known:
         return [
             f"mesh: expected axes whose product divides the {device_count} devices, "
-            f"got {shape}, a product of {known}; change the axes that are not -1"
+            f"got {mesh}, a product of {known}; change the axes that are not -1"
         ]
-    if -1 not in sizes and device_count != known:
+    if device_count is not None and -1 not in sizes and device_count != known:
         return [
             f"mesh: expected axes that multiply to the {device_count} devices, "
-            f"got {shape} = {known}; set one axis to -1 to take those that remain"
+            f"got {mesh} = {known}; set one axis to -1 to take those that remain"
+        ]
+    data = mesh.data
+    if data == -1:  # of unknown size, 0 passes
+        data = 0 if device_count is None else device_count // known
+    if data % mesh.slices:
+        return [
+            f"mesh.slices: expected a divisor of mesh.data = {data}, which spans the slices, "
+            f"got {mesh.slices}; set --config.mesh.slices=1, or change mesh.data"
         ]
     return []
 
 
 def _batch_errors(config: RunConfig, device_count: int | None) -> list[str]:
     mesh, batch = config.mesh, config.data.batch_size
-    known = math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size != -1)
+    known = math.prod(size for size in mesh.axes.values() if size != -1)
     # Without a device count, the axis of -1 counts as 1: a necessary condition is left.
     remaining = 1 if device_count is None else device_count // known
     data, fsdp = (remaining if size == -1 else size for size in (mesh.data, mesh.fsdp))

@@ -1,6 +1,7 @@
 """Training batches in a fixed order that can be taken up again at any batch."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,7 @@ def make_loader(
     buckets: int = 1,
     position_multiple: int = 16,
     length_multiple: int = 16,
+    length_parts: int = 1,
     answer_room: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -213,6 +215,8 @@ def make_loader(
         buckets: Number of length buckets, at most.
         position_multiple: N is rounded up to a multiple of this.
         length_multiple: Rows' lengths are rounded up to a multiple of this.
+        length_parts: Devices that a row, and a group's positions, are cut into equal parts for: the
+            two multiples are made divisible by it.
         answer_room: Every row has room for an answer of so many tokens in place of its own, for
             answers that are written during training.
         process_index: This process; it makes only its own groups of each micro-batch.
@@ -243,7 +247,9 @@ def make_loader(
         for batch in _plan_epoch(lengths, bucket_of, sizes, batch_size, (seed, epoch))
     ]
     positions = _positions(plan, answer_lengths, len(sizes), micro_batches * groups)
-    padded = _round_up(sizes, length_multiple).reshape(len(sizes), -1, 2).tolist()
+    multiple = math.lcm(length_multiple, length_parts)
+    position_multiple = math.lcm(position_multiple, length_parts)
+    padded = _round_up(sizes, multiple).reshape(len(sizes), -1, 2).tolist()
     shapes = tuple(
         _shape(lengths, _round_up(most, position_multiple), signals)
         for lengths, most in zip(padded, positions.tolist(), strict=True)

@@ -195,7 +195,7 @@ class View:
         if self.backend != "splash":
             plain = self.backend == "xla"
             attention = functools.partial(
-                layers.attention,
+                attention_to_whole_rows,
                 scale=c.query_scale,
                 softcap=c.attention_softcap,
                 bias_BHTS=self.bias_BHTS,
@@ -215,6 +215,34 @@ class View:
         if c.window and not all(c.local_layers):
             return jax.lax.cond(is_local, lambda: within(window=c.window), within)
         return within(window=c.window)
+
+
+def attention_to_whole_rows(
+    q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array, **options: Any
+) -> jax.Array:
+    """`layers.attention` where the mesh's sequence axis cuts rows into parts.
+
+    A device keeps its part of the queries and gathers the keys and values of the whole row. Inside
+    of `recomputed` the backward pass gathers them again, so that none are kept whole.
+
+    Args:
+        q_BTHh: Queries.
+        k_BSKh: Keys.
+        v_BSKh: Values.
+        mask_BTS: True where a query sees a key.
+        **options: Of `layers.attention`.
+
+    Returns:
+        [B, T, H, h], in parts as the queries are.
+
+    Example:
+        >>> x = jnp.ones((1, 2, 2, 4))
+        >>> attention_to_whole_rows(x, x, x, jnp.ones((1, 2, 2), bool), scale=0.5).shape
+        (1, 2, 2, 4)
+    """
+    q_BTHh = constrain(q_BTHh, "batch", "length", ..., ...)
+    k_BSKh, v_BSKh = (constrain(x, "batch", None, ..., ...) for x in (k_BSKh, v_BSKh))
+    return layers.attention(q_BTHh, k_BSKh, v_BSKh, mask_BTS, **options)
 
 
 def layer_flags(c: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -272,7 +300,7 @@ def run_block(
         x_BTD = x_BTD if cross is None else cross(x_BTD)
         y_BTD = norm(c, p, "mlp_norm", x_BTD) if c.input_norms else x_BTD
         x_BTD = _add(c, p, "mlp", x_BTD, _mlp(c, p.mlp, y_BTD))
-    return constrain(x_BTD, "batch", None, None), kv
+    return constrain(x_BTD, "batch", "length", None), kv
 
 
 def _add(c: DecoderConfig, p: Blocks, part: str, x: jax.Array, y: jax.Array) -> jax.Array:

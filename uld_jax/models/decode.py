@@ -20,7 +20,7 @@ from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from uld_jax.models.pool import Plan, Request
 from uld_jax.models.sampling import Sampling
 from uld_jax.models.stop_strings import StopStrings
-from uld_jax.sharding import MESH_AXES, batch_shards
+from uld_jax.sharding import MESH_AXES, batch_shards, fold_sequence
 
 if TYPE_CHECKING:
     from uld_jax.models.hf_io import LoadedModel
@@ -112,11 +112,11 @@ def continue_prompts(
 
 
 def _mesh_of(model: nnx.Module) -> Mesh | None:
-    """The mesh that the parameters lie on, if it is one of ours."""
+    """The mesh that the parameters lie on, if it is one of ours, all of it for rows and heads."""
     for leaf in jax.tree.leaves(nnx.state(model)):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == MESH_AXES:
-            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+            return fold_sequence(sharding.mesh) if isinstance(sharding.mesh, Mesh) else None
     return None
 
 

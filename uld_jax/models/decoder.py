@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
             x_BTD += self.position_embed[...][rows].astype(dtype)
         if c.embed_norm:
             x_BTD = norm(c, self, "embed_norm", x_BTD)
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BTD, "batch", "length", None)
 
 
 def parameters(model: Decoder) -> nnx.State:

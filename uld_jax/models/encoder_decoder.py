@@ -13,6 +13,7 @@ from uld_jax.models.block import (
     Blocks,
     View,
     add_norm,
+    attention_to_whole_rows,
     layer_flags,
     norm,
     run_block,
@@ -273,7 +274,7 @@ class EncoderDecoder(nnx.Module):
                 y_BTD = norm(c, p, "cross_norm", x_BTD)
                 q = layers.head_split(project(p.cross, "query", y_BTD), c.head_dim)
                 k, v = (x.astype(q.dtype) for x in look)
-                y_BTHh = layers.attention(q, k, v, sees_BTP, scale=c.query_scale)
+                y_BTHh = attention_to_whole_rows(q, k, v, sees_BTP, scale=c.query_scale)
                 y_BTX = y_BTHh.reshape(*x_BTD.shape[:2], -1)
                 return x_BTD + project(p.cross, "out", y_BTX)
 
@@ -301,7 +302,7 @@ class EncoderDecoder(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return constrain(
-            table_rows(self, "embed", tokens_BT).astype(self.policy.dtype), "batch", None, None
+            table_rows(self, "embed", tokens_BT).astype(self.policy.dtype), "batch", "length", None
         )
 
     def _project_prompt(

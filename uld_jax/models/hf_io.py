@@ -39,7 +39,7 @@ from uld_jax.models.safetensors_source import (
     refuse_pickles,
 )
 from uld_jax.processes import fetch, is_first, wait_for_all
-from uld_jax.sharding import make_mesh
+from uld_jax.sharding import RULES, Rules, make_mesh
 
 WEIGHTS = "*.safetensors"
 FILES = ["*.json", WEIGHTS, "tokenizer*", "*.model", "*.jinja", "*.txt"]
@@ -115,6 +115,7 @@ def load(
     param_dtype: jax.typing.DTypeLike = "float32",
     remat: str = "none",
     mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> LoadedModel:
     """Loads a model and its tokenizer, tensor by tensor straight into the devices' shards.
 
@@ -124,6 +125,7 @@ def load(
         param_dtype: Type of the parameters, likewise.
         remat: What the backward pass recomputes, see `Policy`.
         mesh: Where the parameters go; the first device by default.
+        rules: How they lie there, see `uld_jax.sharding.parameter_rules`.
 
     Returns:
         The model, its tokenizer and its config.
@@ -149,7 +151,7 @@ def load(
     check_weights(tensors, state, str(source))
     _check_tokenizer(tokenizer, tensors.config.vocab_size, str(source))
     for weight, param in parameters_of(tensors, state):
-        param.set_value(read_parameter(tensors, weight, param, mesh))
+        param.set_value(read_parameter(tensors, weight, param, mesh, rules))
     return LoadedModel(nnx.merge(graph, state), tokenizer, tensors.config)
 
 

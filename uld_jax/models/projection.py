@@ -106,6 +106,8 @@ def _rows(table: nnx.Param, index: jax.Array) -> jax.Array:
     if mesh.empty:
         return table[...][index]
     spec, batch = partition_spec(table.get_metadata("axes")), PartitionSpec(RULES["batch"])
+    if index.ndim > 1 and index.shape[1] % mesh.shape["sequence"] == 0:
+        batch = PartitionSpec(RULES["batch"], RULES["length"])
     lookup = functools.partial(_own_rows, rows_axis=spec[0], columns_axis=spec[1])
     over_shards = jax.shard_map(lookup, mesh=mesh, in_specs=(spec, batch), out_specs=batch)
     count = len(index)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uld_jax.errors import UserError
 from uld_jax.models.config import DecoderConfig
 from uld_jax.models.families import Family, Weight, hf_names
-from uld_jax.sharding import named_sharding
+from uld_jax.sharding import RULES, Rules, named_sharding
 
 Box = tuple[tuple[int, int], ...]
 """A part of a tensor: of each axis, where it starts and where it stops."""
@@ -85,7 +85,7 @@ def check_weights(tensors: TensorSource, abstract: nnx.State, where: str) -> Non
 
 
 def read_parameter(
-    tensors: TensorSource, weight: Weight, param: nnx.Param, mesh: Mesh
+    tensors: TensorSource, weight: Weight, param: nnx.Param, mesh: Mesh, rules: Rules = RULES
 ) -> jax.Array:
     """One parameter, of which this process reads what its devices hold.
 
@@ -97,6 +97,7 @@ def read_parameter(
         weight: The parameter's row in the weight table.
         param: Its shape, type and axes.
         mesh: Where it goes.
+        rules: How it lies there.
 
     Returns:
         The array.
@@ -105,7 +106,7 @@ def read_parameter(
         UserError: The mesh does not divide it, or the source cannot be read.
     """
     shape, axes = tuple(param.shape), param.get_metadata("axes")
-    sharding = named_sharding(mesh, axes, shape, weight.path)
+    sharding = named_sharding(mesh, axes, shape, weight.path, rules)
     if not weight.stacked:
         return _read_tensor(tensors, weight, weight.hf, param.dtype, shape, sharding)
     layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from uld_jax import models
 from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
 from uld_jax.models import DecoderConfig, EncoderDecoderConfig, Policy
-from uld_jax.sharding import BATCH_AXES, MESH_AXES, mesh_shape
+from uld_jax.sharding import BATCH_AXES, MESH_AXES, mesh_shape, parameter_rules
 from uld_jax.train import Program, TrainState, adapt, make_program, param_shardings
 from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
 
@@ -108,13 +108,16 @@ def abstract_step(
     ]
     on_mesh: Any = mesh
     program, params = make_program(student, teachers, config, steps=STEPS, mesh=on_mesh)
-    place = functools.partial(placed, mesh=on_mesh)
+    of_teachers = [
+        None if params is None else placed(params, group, on_mesh)
+        for params, group in zip(program.teacher_params, config.teachers, strict=True)
+    ]
     return AbstractStep(
         program,
         _shapes(jax.eval_shape(program.fresh, params), program.shardings),
-        [None if own is None else place(own) for own in program.teacher_params],
+        of_teachers,
         abstract_batch(config, made_of, mesh),
-        tuple(place(own) for own in program.frozen),
+        tuple(placed(own, config.student, on_mesh) for own in program.frozen),
     )
 
 
@@ -135,6 +138,7 @@ def abstract_batch(
         Shapes that say where they lie.
     """
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    multiple = math.lcm(MULTIPLE, mesh.shape["sequence"])
     parts = config.train.accumulation
     rows = config.data.batch_size // parts
     answer = answer_length(config)
@@ -144,14 +148,14 @@ def abstract_batch(
         return jax.ShapeDtypeStruct((parts, *shape), dtype, sharding=sharding)
 
     def positions(*shape: int, dtype: Any = jnp.float32) -> Any:
-        count = round_up(rows // groups * answer)
+        count = round_up(rows // groups * answer, multiple)
         return array(groups, count, *shape, dtype=dtype)
 
     def tokens(prefix: str, path: str, group: BaseModelConfig) -> dict[str, Any]:
         encoder = isinstance(made_of[path], EncoderDecoderConfig)
         lengths = {prefix: answer, f"{prefix}encoder_": group.max_length - answer}
         return {
-            name + part: array(rows, round_up(length))
+            name + part: array(rows, round_up(length, multiple))
             for name, length in (lengths if encoder else {prefix: group.max_length}).items()
             for part in ("tokens", "segment_ids")
         }
@@ -197,7 +201,8 @@ def abstract_mesh(config: RunConfig, devices: int) -> AbstractMesh:
     """
     axes = config.mesh
     auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    shape = mesh_shape(axes.data, axes.fsdp, axes.tensor, devices)
+    more = {"sequence": axes.sequence, "slices": axes.slices}
+    shape = mesh_shape(axes.data, axes.fsdp, axes.tensor, devices, **more)
     return AbstractMesh(shape, MESH_AXES, axis_types=auto)
 
 
@@ -221,9 +226,10 @@ def _adapted(model: models.Decoder, *, config: RunConfig) -> models.Decoder:
     return model
 
 
-def placed(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Shapes that say where parameters lie on a mesh."""
-    return _shapes(params, param_shardings(params, mesh))
+def placed(params: nnx.State, group: BaseModelConfig, mesh: Mesh) -> nnx.State:
+    """Shapes that say where a model's parameters lie on a mesh."""
+    rules = parameter_rules(group.shard_parameters)
+    return _shapes(params, param_shardings(params, mesh, rules))
 
 
 def _shapes(tree: Any, shardings: Any) -> Any:

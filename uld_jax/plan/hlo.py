@@ -19,6 +19,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+# Ends the names of those that go over the slower network.
+BETWEEN_SLICES = " between slices"
 # They move nothing, or what they contain is counted by itself.
 FREE = {
     "bitcast",
@@ -129,7 +131,9 @@ class Program:
     def collectives(self) -> dict[str, Traffic]:
         """The collectives by kind.
 
-        A TPU cuts one into steps, between which it computes; those of a chain count as one.
+        A TPU cuts one into steps, between which it computes; those of a chain count as one. Those
+        between slices, which the hosts take care of, have kinds of their own, such as "all-reduce
+        between slices".
 
         Returns:
             Kind to traffic, of the kinds that occur.
@@ -137,18 +141,15 @@ class Program:
         found: dict[str, Traffic] = {}
         chains = set()
         for name, instruction in self._instructions():
-            kind = instruction.opcode.removesuffix("-start")
             chain = _first(r'chain_id="(\w+)"', instruction.attributes, "")
-            if kind not in COLLECTIVES or chain in chains or not self.runs[name]:
+            kind, group = _collective(name, instruction, self.devices)
+            if not kind or chain in chains or not self.runs[name]:
                 continue
             chains |= {chain} - {""}
             size = self._operand_bytes(self._computations[name], instruction)
-            group = _group_size(instruction.attributes, self.devices)
-            if name.startswith("all-reduce-scatter"):  # what a TPU calls it
-                kind = "reduce-scatter"
-            size *= group if kind == "all-gather" else 1
+            size *= group if kind.startswith("all-gather") else 1
             sent = size * {"collective-permute": 1, "all-reduce": 2 * (group - 1) / group}.get(
-                kind, (group - 1) / group
+                kind.removesuffix(BETWEEN_SLICES), (group - 1) / group
             )
             times, old = self.runs[name], found.get(kind, Traffic(0, 0, 0))
             found[kind] = Traffic(
@@ -297,6 +298,22 @@ def _calls(instruction: Instruction) -> list[tuple[str, str]]:
         for how, names in _CALLED.findall(instruction.attributes)
         for name in re.findall(r"%([\w.\-]+)", names)
     ]
+
+
+def _collective(name: str, instruction: Instruction, devices: int) -> tuple[str, int]:
+    """Its kind, empty if it is none, and how many take part with each other."""
+    kind, attributes = instruction.opcode.removesuffix("-start"), instruction.attributes
+    slices = _first(r'_xla_megascale_target="\{([\d,:]+)\}', attributes, "")
+    if kind == "send" and slices:
+        first, _, last = slices.partition(":")
+        count = int(last) - int(first) + 1 if last else len(slices.split(","))
+        kind = _first(r'_xla_megascale_transfer_type="(\w+)"', attributes, "send")
+        return kind.lower().replace("_", "-") + BETWEEN_SLICES, count
+    if kind not in COLLECTIVES:
+        return "", 1
+    if name.startswith("all-reduce-scatter"):  # what a TPU calls it
+        kind = "reduce-scatter"
+    return kind, _group_size(attributes, devices)
 
 
 def _group_size(attributes: str, devices: int) -> int:

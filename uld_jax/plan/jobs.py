@@ -24,7 +24,7 @@ from uld_jax.plan.abstract import (
     placed,
     round_up,
 )
-from uld_jax.sharding import BATCH_AXES, batch_shards
+from uld_jax.sharding import BATCH_AXES, batch_shards, fold_sequence
 from uld_jax.teacher import SignalOptions, SignalReader
 
 # What stops an answer: an end of sequence and a line break at least.
@@ -37,6 +37,7 @@ class Job:
 
     Attributes:
         program: Its name, for people.
+        mesh: That it runs on.
         lower: Traces it; the mesh is set.
         bytes: Of what it is given, by kind, on a device.
         model_flops: "student" and "teacher", over all devices.
@@ -50,6 +51,7 @@ class Job:
     """
 
     program: str
+    mesh: Mesh
     lower: Callable[[], Any]
     bytes: Mapping[str, float]
     model_flops: Mapping[str, float]
@@ -83,6 +85,7 @@ def train_job(config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh)
     length = batch.student_tokens.shape[-1] + (0 if encoder is None else encoder.shape[-1])
     return Job(
         program="train step",
+        mesh=mesh,
         lower=lambda: step.program.step.lower(*step.arguments),
         bytes=step.bytes_per_device(),
         model_flops=flops,
@@ -113,6 +116,7 @@ def answers_job(config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mes
     """
     own = made_of["teacher"]
     graph, params = _teacher(config, own, mesh)
+    mesh = fold_sequence(mesh)  # as generation does with the mesh that the parameters lie on
     new_tokens = config.teacher.max_new_tokens
     rows = round_up(config.teacher.batch_size, batch_shards(mesh))
     longest = min(config.teacher.max_length - 1, own.max_positions - new_tokens)
@@ -147,6 +151,7 @@ def answers_job(config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mes
 
     first = Job(
         program="answers, reading the prompts",
+        mesh=mesh,
         lower=lambda: fill.lower(graph, params, request, *prompts, plan=plan),
         bytes={"teacher parameters": bytes_of(params), "batch": bytes_of(prompts)},
         model_flops=_flops(own, rows=rows, length=width, positions=rows),
@@ -175,7 +180,7 @@ def cache_job(config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh)
     Raises:
         UserError: A mesh axis does not divide an array axis.
     """
-    own, group = made_of["teacher"], config.teacher
+    own, group, mesh = made_of["teacher"], config.teacher, fold_sequence(mesh)
     model = abstract_model(group, own)
     options = SignalOptions(
         cap=min(group.cache_cap, own.vocab_size),
@@ -184,7 +189,7 @@ def cache_job(config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh)
         chunk_size=config.loss.chunk_size,
     )
     reader = SignalReader(model, own, options, mesh)
-    params = placed(nnx.split(model)[1], mesh)
+    params = placed(nnx.split(model)[1], group, mesh)
     rows, groups = reader.rows, batch_shards(mesh)
     answer = answer_length(config)
     length = reader.padded_length(group.max_length)
@@ -215,6 +220,7 @@ def cache_job(config: RunConfig, made_of: Mapping[str, ModelConfig], mesh: Mesh)
 
     first = Job(
         program="cache, reading texts",
+        mesh=mesh,
         lower=lambda: reader.hidden.lower(params, texts),
         bytes={"teacher parameters": bytes_of(params), "batch": bytes_of(texts)},
         model_flops=_flops(own, **sizes),
@@ -235,7 +241,7 @@ JOBS = {"train": train_job, "answers": answers_job, "cache": cache_job}
 def _teacher(config: RunConfig, own: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Its structure, and its parameters as shapes that say where they lie."""
     graph, params = nnx.split(abstract_model(config.teacher, own))
-    return graph, placed(params, mesh)
+    return graph, placed(params, config.teacher, mesh)
 
 
 def _request(config: RunConfig, mesh: Mesh) -> Request:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from uld_jax.plan.hlo import Program
+from uld_jax.plan.hlo import BETWEEN_SLICES, Program
 from uld_jax.plan.jobs import Job
 from uld_jax.plan.topology import Chip, Slice
 
@@ -41,8 +40,9 @@ class Plan:
         moved_bytes: Between the chip and its memory.
         intensity: model_flops / moved_bytes.
         compile_seconds: Tracing left out.
-        estimate: Seconds at the published rates, each alone (compute, memory, network); step, the
-            largest of them; tokens, padded, a second and chip. None where it has not compiled.
+        estimate: Seconds at the published rates, each alone (compute, memory, network within a
+            slice); step, the largest of them; tokens, padded, a second and chip. None where it has
+            not compiled.
     """
 
     program: str
@@ -67,14 +67,13 @@ class Plan:
     estimate: Mapping[str, float] | None
 
 
-def make_plans(job: Job, mesh: Mesh, where: Slice) -> list[Plan]:
+def make_plans(job: Job, where: Slice) -> list[Plan]:
     """Compiles a program, and those that follow from it while there is room for each.
 
     It takes minutes for large models, and no accelerator.
 
     Args:
         job: The program.
-        mesh: Of the slice's devices.
         where: The slice.
 
     Returns:
@@ -82,15 +81,15 @@ def make_plans(job: Job, mesh: Mesh, where: Slice) -> list[Plan]:
     """
     plans, following = [], job
     while following is not None:
-        plan, compiled = _compile(following, mesh, where)
+        plan, compiled = _compile(following, where)
         plans.append(plan)
         follows = following.then if compiled is not None else None
         following = None if follows is None else follows(compiled)
     return plans
 
 
-def _compile(job: Job, mesh: Mesh, where: Slice) -> tuple[Plan, Any]:
-    with jax.set_mesh(mesh):
+def _compile(job: Job, where: Slice) -> tuple[Plan, Any]:
+    with jax.set_mesh(job.mesh):
         lowered = job.lower()
     start = time.perf_counter()
     try:
@@ -100,12 +99,12 @@ def _compile(job: Job, mesh: Mesh, where: Slice) -> tuple[Plan, Any]:
             raise
         compiled, message = None, str(error)
     seconds = time.perf_counter() - start
-    chips = mesh.devices.size
+    chips = job.mesh.devices.size
     known = {
         "program": job.program,
         "topology": where.name,
         "chips": chips,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(job.mesh.shape),
         "batch_size": job.batch_size,
         "micro_batches": job.micro_batches,
         "row_length": job.row_length,
@@ -172,11 +171,13 @@ def _compiled(compiled: Any, job: Job, chips: int, chip: Chip) -> dict[str, Any]
     collectives = program.collectives()
     moved = program.memory_bytes()
     flops = sum(job.model_flops.values())
+    # No figure is published for a chip's part of the network between slices.
+    within = [kind.sent for name, kind in collectives.items() if BETWEEN_SLICES not in name]
     times = {
         # What is computed again for a backward pass is work, if not the model's.
         "compute": (flops + job.again) / chips / chip.flops,
         "memory": moved / chip.memory_bandwidth,
-        "network": sum(kind.sent for kind in collectives.values()) / chip.network_bandwidth,
+        "network": sum(within) / chip.network_bandwidth,
     }
     step = max(times.values())
     total = sum(kinds.values())

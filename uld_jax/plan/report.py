@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from uld_jax.plan.hlo import BETWEEN_SLICES
 from uld_jax.plan.measure import Plan
 
 ROW = (
@@ -58,9 +59,11 @@ def lines(plan: Plan) -> list[str]:
     found.append("collectives, on each chip:" + ("" if plan.collectives else " none"))
     for kind, traffic in plan.collectives.items():
         found.append(
-            f"  {kind:<20}{traffic['count']:>8,}{size(traffic['bytes']):>12}"
+            f"  {kind:<28}{traffic['count']:>8,}{size(traffic['bytes']):>12}"
             f"{size(traffic['sent']):>12} sent"
         )
+    if any(BETWEEN_SLICES in kind for kind in plan.collectives):
+        found.append("  the estimate leaves out what goes between slices: no rate is published")
     if plan.endless_loops:
         found.append(f"  {plan.endless_loops} loops of unknown length, counted as run once")
     student, teacher = plan.model_flops["student"], plan.model_flops["teacher"]

@@ -39,16 +39,26 @@ def largest_batch(config: RunConfig, unit: int, plan: Planner) -> list[Plan]:
     return [tried[units] for units in sorted(tried)]
 
 
-def meshes(chips: int) -> Iterator[MeshConfig]:
-    """Every way to have `chips` = data · fsdp · tensor.
+def meshes(chips: int, sequence: int = 1, slices: int = 1) -> Iterator[MeshConfig]:
+    """Every way to have `chips` = data · fsdp · tensor · sequence.
+
+    Args:
+        chips: To be laid out.
+        sequence: The size of that axis, which rows of one length need or do not.
+        slices: That the data axis spans.
+
+    Yields:
+        A mesh.
 
     Example:
         >>> len(list(meshes(4)))
         6
     """
-    for tensor in _divisors(chips):
-        for fsdp in _divisors(chips // tensor):
-            yield MeshConfig(chips // tensor // fsdp, fsdp, tensor)
+    for tensor in _divisors(chips // sequence):
+        for fsdp in _divisors(chips // sequence // tensor):
+            data = chips // sequence // tensor // fsdp
+            if data % slices == 0:
+                yield MeshConfig(data, fsdp, tensor, sequence, slices)
 
 
 def sweep(
@@ -58,6 +68,8 @@ def sweep(
     plan: Planner,
 ) -> tuple[list[Plan], list[str]]:
     """Plans every mesh of the chips whose axes divide heads, arrays and batch.
+
+    The sequence axis and the slices are the config's.
 
     Args:
         config: The run.
@@ -70,13 +82,12 @@ def sweep(
         mesh that was left out, with the reason.
     """
     plans, left_out = [], []
-    for mesh in meshes(chips):
-        shape = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+    for mesh in meshes(chips, config.mesh.sequence, config.mesh.slices):
         try:
             _check(config, made_of, mesh)
             plans.append(plan(dataclasses.replace(config, mesh=mesh)))
         except UserError as error:
-            left_out.append(f"{shape}: {error}")
+            left_out.append(f"{mesh}: {error}")
     return sorted(plans, key=_rank), left_out
 
 

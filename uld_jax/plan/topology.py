@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +24,13 @@ _ENVIRONMENT = {
 
 
 class Slice(NamedTuple):
-    """A TPU slice to plan for.
+    """A TPU slice to plan for, or several alike.
 
     Attributes:
-        name: Such as "v5e:4x4".
+        name: Such as "v5e:4x4", or "2xv5e:4x4".
         chip: What each of its chips can do.
-        devices: One a chip; programs can be compiled for them.
+        devices: One a chip, with its slice where there are several; programs can be compiled for
+            them.
         hosts: Machines, each with as many of them.
     """
 
@@ -42,7 +44,8 @@ def get_slice(name: str) -> Slice:
     """The devices of a slice, known to libtpu, which must be installed.
 
     Args:
-        name: Generation and shape, such as "v5e:4x4" or "v5p:4x4x8".
+        name: Generation and shape, such as "v5e:4x4" or "v5p:4x4x8", and before them how many of
+            these slices there are: "2xv5e:4x4" are two.
 
     Returns:
         The slice.
@@ -56,11 +59,13 @@ def get_slice(name: str) -> Slice:
         ...
         uld_jax.errors.UserError: --topology=v9:2x2: expected GENERATION:SHAPE, such as ...
     """
-    generation, _, shape = name.partition(":")
+    several = re.match(r"([1-9]\d*)x", name)
+    one = name[several.end() :] if several else name
+    generation, _, shape = one.partition(":")
     if generation not in CHIPS or not shape:
         raise UserError(
-            f"--topology={name}: expected GENERATION:SHAPE, such as v5e:4x4, with a generation of "
-            f"{', '.join(CHIPS)}, got {generation!r}"
+            f"--topology={name}: expected GENERATION:SHAPE, such as v5e:4x4 (or 2xv5e:4x4, two "
+            f"slices), with a generation of {', '.join(CHIPS)}, got {generation!r}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -69,10 +74,11 @@ def get_slice(name: str) -> Slice:
         )
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    options: dict[str, Any] = dict(_OPTIONS.get(generation, {}))
+    if several:
+        options["num_slices"] = int(several[1])
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **_OPTIONS.get(generation, {})
-        )
+        found = topologies.get_topology_desc(platform="tpu", topology_name=one, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from uld_jax.config import RunConfig
 from uld_jax.models import Decoder, add_adapters, split_trained
+from uld_jax.sharding import parameter_rules
 from uld_jax.train.cost import StepFlops, step_flops
 from uld_jax.train.optimizer import make_optimizer
 from uld_jax.train.state import TrainState, init_state, state_shardings
@@ -119,7 +120,8 @@ def make_program(
     ]
     tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
     fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
-    shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh)
+    rules = parameter_rules(config.student.shard_parameters)
+    shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh, rules)
     program = Program(
         step=jax.jit(
             functools.partial(train_step, student=graph, teachers=fixed, tx=tx, loss=config.loss),

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uld_jax.sharding import named_sharding
+from uld_jax.sharding import RULES, Rules, named_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +45,13 @@ def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
 
 
-def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
+def param_shardings(params: nnx.State, mesh: Mesh, rules: Rules = RULES) -> nnx.State:
     """The NamedSharding of every parameter, by its logical axes.
 
     Args:
         params: Arrays or shapes.
         mesh: The device mesh.
+        rules: The model's, see `uld_jax.sharding.parameter_rules`.
 
     Returns:
         The same tree with shardings as leaves.
@@ -58,31 +59,38 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     Raises:
         UserError: A mesh axis does not divide an array axis.
     """
-    flat = [
-        (path, p.replace(named_sharding(mesh, p.get_metadata("axes"), p.shape, _name(path))))
-        for path, p in nnx.to_flat_state(params)
-    ]
+
+    def place(path: tuple[Any, ...], p: nnx.Variable) -> NamedSharding:
+        return named_sharding(mesh, p.get_metadata("axes"), p.shape, _name(path), rules)
+
+    flat = [(path, p.replace(place(path, p))) for path, p in nnx.to_flat_state(params)]
     return nnx.from_flat_state(flat)
 
 
-def state_shardings(state: TrainState, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The shardings of a whole state: moments lie as their parameters do, the rest is replicated.
+def state_shardings(
+    state: TrainState, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules = RULES
+) -> TrainState:
+    """The shardings of a whole state: moments in parts over fsdp, the rest replicated.
+
+    Where the parameters are whole on each device of the fsdp axis, the compiler has each update its
+    part of the moments, and gathers the parameters once a step (ZeRO-1).
 
     Args:
         state: The state, or its shapes.
         tx: The optimizer.
         mesh: The device mesh.
+        rules: Of the parameters.
 
     Returns:
         A state with shardings as leaves.
     """
-    params = param_shardings(state.params, mesh)
+    params, moments = (param_shardings(state.params, mesh, own) for own in (rules, RULES))
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,
         state.opt_state,
-        params,
+        moments,
         transform_non_params=lambda _: replicated,
     )
     fields: Any = (replicated, params, opt_state, replicated)

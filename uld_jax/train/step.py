@@ -19,7 +19,7 @@ from uld_jax.losses import (
     sharded_uld_cross_entropy,
 )
 from uld_jax.models import Decoder
-from uld_jax.sharding import BATCH_AXES, RULES, constrain
+from uld_jax.sharding import FSDP, RULES, constrain
 from uld_jax.train.state import TrainState
 from uld_jax.types import Batch, TeacherSignal, TeacherTokens
 
@@ -219,19 +219,20 @@ def _micro_loss(
     fused = fused_teachers_cross_entropy
     if not mesh.empty:
         fused = functools.partial(
-            sharded_uld_cross_entropy, mesh=mesh, batch_axes=BATCH_AXES, embed_axis=RULES["embed"]
+            sharded_uld_cross_entropy, mesh=mesh, batch_axes=RULES["rows"], embed_axis=FSDP
         )
+    compared = [
+        _compared(teacher.graph, params, given, scale, config.teacher_temperature)
+        for teacher, params, given, scale in zip(
+            teachers, teacher_params, b.teachers, scales[1], strict=True
+        )
+    ]
     out: FusedLoss = fused(
-        take_positions(student_BTD, b.student_index),
+        spread_positions(take_positions(student_BTD, b.student_index)),
         s.head_VD,
-        [
-            _compared(teacher.graph, params, given, scale, config.teacher_temperature)
-            for teacher, params, given, scale in zip(
-                teachers, teacher_params, b.teachers, scales[1], strict=True
-            )
-        ],
-        b.targets,
-        ce_weights=b.ce_weight * scales[0],
+        compared,
+        spread_positions(b.targets),
+        ce_weights=spread_positions(b.ce_weight * scales[0]),
         student_temperature=config.student_temperature,
         student_softcap=s.config.logit_softcap or None,
         label_smoothing=config.label_smoothing,
@@ -251,16 +252,17 @@ def _compared(
     temperature: float,
 ) -> HeadTeacher | SortedTeacher:
     """What the student is compared with: the teacher's hidden states, or the batch's signal."""
-    weights = given.uld_weight * scale
+    weights = spread_positions(given.uld_weight * scale)
     if isinstance(given, TeacherSignal):
-        return SortedTeacher(given.signal.probs, weights, given.signal.tail_mass)
+        probs, tail_mass = map(spread_positions, (given.signal.probs, given.signal.tail_mass))
+        return SortedTeacher(probs, weights, tail_mass)
     if graph is None or params is None:
         raise ValueError(
             "teachers: expected a model for a teacher that is to read tokens, got None"
         )
     t = nnx.merge(graph, params)
     return HeadTeacher(
-        take_positions(t.hidden(**given.inputs), given.index),
+        spread_positions(take_positions(t.hidden(**given.inputs), given.index)),
         t.head_VD,
         weights,
         temperature=temperature,
@@ -283,6 +285,32 @@ def take_positions(hidden_BTD: jax.Array, index_GN: jax.Array) -> jax.Array:
         >>> take_positions(hidden_BTD, jnp.array([[1, 4]]))[..., 0].tolist()
         [[1.0, 4.0]]
     """
-    grouped = hidden_BTD.reshape(index_GN.shape[0], -1, hidden_BTD.shape[-1])
-    taken = jnp.take_along_axis(grouped, index_GN[..., None], axis=1)
+    _, length, width = hidden_BTD.shape
+    grouped = hidden_BTD.reshape(index_GN.shape[0], -1, length, width)
+    # By row and token, so that rows in parts (the mesh's sequence axis) need not be joined.
+    taken = jax.vmap(lambda rows_RTD, row_N, at_N: rows_RTD[row_N, at_N])(
+        grouped, index_GN // length, index_GN % length
+    )
     return constrain(taken, "batch", None, None)
+
+
+def spread_positions(x_GN: jax.Array) -> jax.Array:
+    """Gives each of the n devices of the mesh's sequence axis a part of its group's positions.
+
+    All of them have all positions, which are few; their logits are not.
+
+    Args:
+        x_GN: [G, N, ...].
+
+    Returns:
+        [G * n, N / n, ...], N padded with zeros to a multiple of n.
+
+    Example:
+        >>> spread_positions(jnp.ones((2, 3))).shape
+        (2, 3)
+    """
+    parts = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+    groups, count, *rest = x_GN.shape
+    widths = [(0, 0), (0, -count % parts), *((0, 0) for _ in rest)]
+    spread = jnp.pad(x_GN, widths).reshape(groups * parts, -1, *rest)
+    return constrain(spread, "rows", *(None for _ in spread.shape[1:]))
