@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--workdir",
             metavar="DIR",
             required=name in ("train", "export"),
-            help="the run's directory: its config, checkpoints, metrics and results",
+            help="the run's directory, or gs://BUCKET/PATH: config, checkpoints, metrics, results",
         )
         if name in ("generate", "cache", "export"):
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")
