@@ -25,6 +25,7 @@ TEXTS = [
     "  two  spaces  and a trailing one ",
     "naïve café, e\u0301 and q\u0307\u0323 and Å",
     "漢字かな交じり文と한국어 각",
+    "  漢字",
     "👩🏽‍🚀 👨‍👩‍👧‍👦 🏳️‍🌈 🫠",
     "مرحبا بالعالم ١٢٣ שלום",
     "zero\u200bwidth\u200d\u200c\ufeff\u2060 soft\u00adhyphen nbsp\u00a0x\u3000y",
@@ -126,7 +127,9 @@ def check_bytes(text, tokenizer, read, ids, offsets, groups):
     if None in pieces or bare(b"".join(pieces)) != bare(expected(text.encode())):
         return  # such as a byte that was never seen in training, and has no token
     whole = expected(text.encode())
-    exact = b"".join(pieces) in (whole, b" " + whole)
+    # A part of a character cannot be normalised by itself, nor can then the spaces beside it.
+    spaces = whole.count(b" ") == text.encode().count(b" ")
+    exact = spaces and b"".join(pieces) in (whole, b" " + whole)
     for group in groups:
         own = b"".join(pieces[i] for i in group)
         wanted = expected(text.encode()[offsets[group[0]][0] : offsets[group[-1]][1]])
@@ -144,7 +147,7 @@ def test_texts_that_break_offsets(readers, text):
     check_text(readers, text)
 
 
-@settings(max_examples=60, **RELAXED)
+@settings(max_examples=40, **RELAXED)
 @given(text=UNICODE)
 def test_groups_of_every_ordered_pair(readers, text):
     check_text(readers, text)
