@@ -25,6 +25,8 @@ TEXTS = [
     "  two  spaces  and a trailing one ",
     "naïve café, e\u0301 and q\u0307\u0323 and Å",
     "漢字かな交じり文と한국어 각",
+    "  漢字",
+    "A\u0300 ¿",
     "👩🏽‍🚀 👨‍👩‍👧‍👦 🏳️‍🌈 🫠",
     "مرحبا بالعالم ١٢٣ שלום",
     "zero\u200bwidth\u200d\u200c\ufeff\u2060 soft\u00adhyphen nbsp\u00a0x\u3000y",
@@ -110,11 +112,15 @@ def normalized_bytes(tokenizer):
     begins = len(normalizer.normalize_str("a")) - 1
 
     def expected(span):
-        try:
-            text = normalizer.normalize_str(span.decode())[begins:]
-        except UnicodeDecodeError:  # a part of a character, which nothing is made of
-            return span
-        return text.replace("\u2581", " ").encode()
+        # What is left of a character at either end is not normalised; it is three bytes at most.
+        for cut in sorted(itertools.product(range(4), repeat=2), key=sum):
+            stop = len(span) - cut[1]
+            try:
+                text = normalizer.normalize_str(span[cut[0] : stop].decode())[begins:]
+            except UnicodeDecodeError:
+                continue
+            return span[: cut[0]] + text.replace("\u2581", " ").encode() + span[stop:]
+        raise AssertionError(span)
 
     return expected
 
@@ -144,7 +150,7 @@ def test_texts_that_break_offsets(readers, text):
     check_text(readers, text)
 
 
-@settings(max_examples=60, **RELAXED)
+@settings(max_examples=40, **RELAXED)
 @given(text=UNICODE)
 def test_groups_of_every_ordered_pair(readers, text):
     check_text(readers, text)

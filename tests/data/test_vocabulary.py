@@ -94,7 +94,7 @@ def test_of_equal_tokens_the_first_that_is_no_byte_token():
     assert [x.tolist() for x in match_vocabularies(words, fast([","]))] == [[1], [0]]
 
 
-# Counted with this test: the share of the smaller vocabulary is 59 to 98 %.
+# Counted with this test: 63 to 98 % of the smaller vocabulary.
 MATCHED = {
     ("smollm2", "gemma3"): 46_146,
     ("smollm2", "llama2"): 21_755,
