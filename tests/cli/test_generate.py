@@ -112,6 +112,7 @@ def test_the_manifest_says_what_was_done(tiny, made):
         "shots_pool": None,
         "max_length": 256,
         "source": f"jsonl:{tiny.root / 'qa.jsonl'}",
+        "task": "qa",
         "max_new_tokens": 4,
         "temperature": 0.0,
         "top_k": 0,
@@ -228,6 +229,7 @@ def another_tokenizer(tiny, tmp_path):
     [
         ("--config.generate.temperature=0.5", "provenance.temperature is 0.0, expected 0.5"),
         ("--config.teacher.shots=1", "provenance.shots is 0, expected 1"),
+        ("--config.data.task=qa_medical", "provenance.task is 'qa', expected 'qa_medical'"),
         ("tokenizer", "provenance.tokenizer is '"),
         ("weights", "provenance.weights is '"),
         ("data", "provenance.data is '"),

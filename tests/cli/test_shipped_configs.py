@@ -21,10 +21,10 @@ PAPER = runpy.run_path(str(CONFIGS / "paper" / "runs.py"))
 SHIPPED = [
     "quickstart.py",
     "paper/runs.py:mistral,opt-350m,squad",
-    "paper/runs.py:llama,mt0-base,pubmedqa",
     "pods/runs.py:llama",
 ]
 SLOW = [
+    "paper/runs.py:llama,mt0-base,pubmedqa",
     "paper/runs.py:mistral,pythia-410m,qed",
     "paper/runs.py:mistral,bloomz-560m,fairytaleqa",
     "paper/runs.py:llama,pythia-160m,dialogsum",
