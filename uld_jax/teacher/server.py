@@ -11,7 +11,7 @@ from uld_jax.errors import UserError
 from uld_jax.teacher.choices import Choice, Fault
 from uld_jax.teacher.completions import CompletionsClient
 from uld_jax.teacher.echo import ServedSignal, ServedText, signal
-from uld_jax.teacher.journal import Journal
+from uld_jax.teacher.journal import SignalJournal
 
 JOURNAL = "served.jsonl"
 
@@ -70,7 +70,7 @@ def served_signals(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         about = {"model": client.server.model, "top_k": client.server.top_k, "end": options.end}
-        journal = Journal(directory / JOURNAL, about)
+        journal = SignalJournal(directory / JOURNAL, about)
     except OSError as error:
         raise UserError(f"{directory / JOURNAL}: cannot write: {error.strerror}") from error
     with journal:
@@ -90,7 +90,7 @@ class _Fetch:
     def __init__(
         self,
         client: CompletionsClient,
-        journal: Journal,
+        journal: SignalJournal,
         options: FetchOptions,
         allowed: float,
         failed: dict[str, str],
