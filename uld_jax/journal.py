@@ -103,16 +103,19 @@ class Journal:
             line = json.loads(self._file.readline())
         return {name: value for name, value in line.items() if name not in ("id", "of")}
 
-    def add(self, records: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str]) -> None:
+    def add(
+        self, records: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str] | None = None
+    ) -> None:
         """Appends records, and waits once until the disk has them.
 
         Args:
             records: By key, JSON values, not named "id" or "of"; one with "failed" counts as none.
-            digests: By key, checksum of what each is of.
+            digests: By key, checksum of what each is of, where `about` does not say it.
 
         Raises:
             UserError: The disk is full, or will not be written to.
         """
+        digests = dict.fromkeys(records, "") if digests is None else digests
         lines = [{"id": key, "of": digests[key], **record} for key, record in records.items()]
         with self._lock:
             starts = self._append(lines)

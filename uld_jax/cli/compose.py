@@ -295,7 +295,6 @@ def measure(
             batch_size=config.eval.batch_size,
             progress=progress,
         )
-        progress(result.too_long)
     if result.too_long:
         say(
             f"{result.too_long} of {len(eval_set)} prompts are over "

@@ -12,7 +12,7 @@ from absl import flags
 from absl.flags import argparse_flags
 
 import uld_jax
-from uld_jax.cli import bench, distributed
+from uld_jax.cli import bench, distributed, scoring_flags
 from uld_jax.errors import Preempted, UserError
 
 # EX_TEMPFAIL of sysexits.h: the same command will go on.
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "plan":
             distributed.add_flags(command)
         if name == "evaluate":
-            command.add_argument("--output", metavar="FILE.json", help="scores and answers")
+            scoring_flags.add_evaluate_flags(command)
         if name == "plan":
             _add_plan_flags(command)
     bench.add_parser(commands)
