@@ -44,7 +44,7 @@ def bert(tmp_path_factory):
 
 
 def by_definition(directory, prediction, reference):
-    """Greedy matching of token embeddings, [CLS] and [SEP] not counted (Zhang et al., section 3)."""
+    """Greedy matching of token embeddings without [CLS] and [SEP] (Zhang et al., section 3)."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModel.from_pretrained(directory).eval()
     vectors = []
