@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "plan":
             _add_plan_flags(command)
     bench.add_parser(commands)
+    scoring_flags.add_report_parser(commands)
     commands.add_parser("fields", help="list every config field with its default")
     return parser
 

@@ -1,12 +1,15 @@
 """Flags of the commands that score: read by the parser, so nothing here waits for JAX."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uld_jax.errors import UserError
 
 if TYPE_CHECKING:
     from uld_jax.evaluation import Resampling
+
+# Those of `evaluation.METRICS`, whose module is not for the parser to load.
+METRICS = ("f1", "precision", "recall", "em", "rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def add_resampling_flags(command: argparse.ArgumentParser) -> None:
@@ -53,6 +56,35 @@ def add_evaluate_flags(command: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="scores; beside it FILE.jsonl, each example, and FILE.png, the calibration. With it "
         "a killed command goes on when it is given again",
+    )
+    add_resampling_flags(command)
+
+
+def add_report_parser(commands: Any) -> None:
+    """Adds the subcommand `report`.
+
+    Args:
+        commands: What argparse's add_subparsers returned.
+    """
+    summary = "compare runs with ULD and without it, in the paper's layout"
+    command = commands.add_parser("report", help=summary, description=summary)
+    command.add_argument(
+        "workdirs",
+        metavar="WORKDIR",
+        nargs="+",
+        help="finished runs: for each with loss.uld_weight > 0 one with 0 and the same seeds",
+    )
+    command.add_argument(
+        "--output", metavar="DIR", required=True, help="gets report.md, report.csv, report.png"
+    )
+    command.add_argument(
+        "--published",
+        metavar="FILE.csv",
+        help="figures to show beside them: kind, student, dataset, teacher, distil_factor, "
+        "data_fraction, f1, ...",
+    )
+    command.add_argument(
+        "--metric", choices=METRICS, default="f1", help="of the first table and the plot [f1]"
     )
     add_resampling_flags(command)
 

@@ -2,7 +2,9 @@
 
 from uld_jax.evaluation.bertscore import bert_scores
 from uld_jax.evaluation.calibration import Reliability, reliability
+from uld_jax.evaluation.paper_table import Line, plot_differences, to_csv, to_markdown
 from uld_jax.evaluation.predictions import Prediction, pair_predictions, read_predictions
+from uld_jax.evaluation.published import Published, find_published, read_published
 from uld_jax.evaluation.report import (
     comparison_table,
     plot_losses,
@@ -18,7 +20,9 @@ from uld_jax.evaluation.teacher_forcing import Reading, bits_per_byte, read_answ
 __all__ = [
     "METRICS",
     "Evaluation",
+    "Line",
     "Prediction",
+    "Published",
     "Reading",
     "Reliability",
     "Resampling",
@@ -29,18 +33,23 @@ __all__ = [
     "compare",
     "comparison_table",
     "evaluate",
+    "find_published",
     "normalise",
     "pair_predictions",
     "per_example",
     "percentile_interval",
+    "plot_differences",
     "plot_losses",
     "plot_reliability",
     "read_answers",
     "read_predictions",
+    "read_published",
     "reliability",
     "sample_table",
     "score",
     "sign_flip_test",
     "summarise",
     "summarise_readings",
+    "to_csv",
+    "to_markdown",
 ]
