@@ -1,5 +1,6 @@
 """`uld-jax evaluate` on models and on files of answers, and what it refuses."""
 
+import importlib.util
 import json
 import math
 
@@ -173,6 +174,14 @@ def test_sets_of_other_examples_are_not_compared(uld, tmp_path, others, expected
     result = uld("evaluate", f"--predictions={a}", f"--against={b}")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert expected.format(a=a, b=b) in result.err
+
+
+def test_bertscore_without_its_package_is_refused_at_once(uld, tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = uld("evaluate", tiny.config, "--bertscore")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "pip install 'uld-jax[bertscore]'" in result.err
+    assert "student:" not in result.out
 
 
 def test_bad_flags_are_one_line_before_a_model_is_loaded(uld, tiny, files, tmp_path):

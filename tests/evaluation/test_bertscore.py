@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from uld_jax.errors import UserError
-from uld_jax.evaluation import bert_scores
+from uld_jax.evaluation import bert_scores, require_bert_score
 
 installed = importlib.util.find_spec("bert_score") is not None
 needs_bert_score = pytest.mark.skipif(not installed, reason="bert-score is not installed")
@@ -82,6 +82,7 @@ def test_a_model_that_does_not_open(tmp_path):
 
 def test_without_the_package_one_line_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'uld-jax\[bertscore\]'") as error:
-        bert_scores(["a"], [["a"]])
-    assert "\n" not in str(error.value)
+    for score in (require_bert_score, lambda: bert_scores(["a"], [["a"]])):
+        with pytest.raises(UserError, match=r"pip install 'uld-jax\[bertscore\]'") as error:
+            score()
+        assert "\n" not in str(error.value)

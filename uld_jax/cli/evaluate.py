@@ -27,6 +27,7 @@ from uld_jax.evaluation import (
     per_example,
     plot_reliability,
     read_predictions,
+    require_bert_score,
     summarise,
     summarise_readings,
 )
@@ -95,6 +96,8 @@ def _options(args: argparse.Namespace) -> Resampling:
             raise UserError(f"--predictions has its own answers: leave out {', '.join(given)}")
     if args.output and Path(args.output).suffix != ".json":
         raise UserError(f"--output={args.output}: expected a name that ends in .json")
+    if args.bertscore:
+        require_bert_score()
     return resampling(args)
 
 

@@ -1,6 +1,6 @@
 """Scores of predicted answers against references, and how they are shown."""
 
-from uld_jax.evaluation.bertscore import bert_scores
+from uld_jax.evaluation.bertscore import bert_scores, require_bert_score
 from uld_jax.evaluation.calibration import Reliability, reliability
 from uld_jax.evaluation.paper_table import Line, plot_differences, to_csv, to_markdown
 from uld_jax.evaluation.predictions import Prediction, pair_predictions, read_predictions
@@ -45,6 +45,7 @@ __all__ = [
     "read_predictions",
     "read_published",
     "reliability",
+    "require_bert_score",
     "sample_table",
     "score",
     "sign_flip_test",

@@ -48,11 +48,7 @@ def bert_scores(
         Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020
         (https://arxiv.org/abs/1904.09675).
     """
-    if importlib.util.find_spec("bert_score") is None:
-        raise UserError(
-            "BERTScore needs the package bert-score, which is not installed: "
-            "pip install 'uld-jax[bertscore]'"
-        )
+    require_bert_score()
     scorer = _scorer(model, batch_size)
     # bert-score 0.3.13 cannot tokenise an empty text with transformers 5.
     pairs = [
@@ -70,6 +66,19 @@ def bert_scores(
     baseline = float(scorer.baseline_vals[2]) if scorer.rescale_with_baseline else 0.0
     of_nothing = -baseline / (1 - baseline)
     return [100 * best.get(i, of_nothing) for i in range(len(predictions))]
+
+
+def require_bert_score() -> None:
+    """Refuses to begin what could not end.
+
+    Raises:
+        UserError: bert-score is not installed.
+    """
+    if importlib.util.find_spec("bert_score") is None:
+        raise UserError(
+            "BERTScore needs the package bert-score, which is not installed: "
+            "pip install 'uld-jax[bertscore]'"
+        )
 
 
 def _scorer(model: str, batch_size: int) -> Any:
