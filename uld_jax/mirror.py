@@ -71,6 +71,12 @@ class Mirror:
         ended = time.monotonic()
         self._due = ended + max(PUSH_EVERY, (ended - began) / PUSH_SHARE)
 
+    def forget(self) -> None:
+        """Removes the local files of a bucket's, so that none is uploaded any more."""
+        if self._target is not None:
+            shutil.rmtree(self.local)
+            self.local.mkdir()
+
     def push_when_due(self) -> None:
         """The same, where it is time."""
         if time.monotonic() >= self._due:

@@ -14,6 +14,7 @@ import pytest
 from uld_jax import config as configs
 from uld_jax import models
 from uld_jax.cli import compose
+from uld_jax.cli.examples import load_split
 from uld_jax.cli.main import main
 from uld_jax.data import SignalStore
 from uld_jax.teacher import open_cache, provenance, read_answers, teacher_texts
@@ -41,7 +42,7 @@ def expected_by_training(tiny, cached, **overrides):
     m = models.load_tokenizer(config.teacher.source)
     side, examples = (
         compose.side_of(config.teacher, m, config.data),
-        compose.load_split(config, "train"),
+        load_split(config, "train"),
     )
     answers = read_answers(cached, config, m, side, examples)
     texts = teacher_texts(examples, answers, side, pool=examples, seed=config.data.seed)

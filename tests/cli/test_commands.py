@@ -79,18 +79,28 @@ def test_train_again_does_nothing_again(uld, trained, tmp_path):
         assert (workdir / name).read_bytes() == (trained / name).read_bytes()
 
 
+def assert_scores(output, expected):
+    """The files of `evaluate` say what `train` measured."""
+    assert read(output)["scores"] == pytest.approx(expected["scores"], abs=1e-12)
+    assert read(output)["too_long"] == expected["too_long"]
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in expected["answers"][0]} for row in rows] == expected[
+        "answers"
+    ]
+
+
 def test_evaluate_reproduces_the_scores(uld, trained, tmp_path):
     output = tmp_path / "scores.json"
     result = uld("evaluate", f"--workdir={trained}", f"--output={output}")
     assert (result.status, result.err) == (0, "")
-    assert read(output) == read(trained / "after.json")
+    assert_scores(output, read(trained / "after.json"))
 
 
 def test_evaluate_the_untrained_student(uld, tiny, trained, tmp_path):
     output = tmp_path / "scores.json"
     result = uld("evaluate", tiny.config, f"--output={output}")
     assert (result.status, result.err) == (0, "")
-    assert read(output) == read(trained / "before.json")
+    assert_scores(output, read(trained / "before.json"))
 
 
 def test_export_equals_the_student(uld, trained, tmp_path):
@@ -182,7 +192,10 @@ def test_question_too_long_to_evaluate_is_counted(uld, tiny, tmp_path):
     result = uld("evaluate", tiny.config, source, f"--output={output}")
     assert result.status == 0
     assert read(output)["too_long"] == 1
-    assert read(output)["answers"][-1]["prediction"] == ""
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert rows[-1]["prediction"] == ""
+    assert rows[-1]["student"] == {"left_out": "too_long_student"}
+    assert "not read by the student, 1 over student.max_length" in result.out
     assert "1 of 5 prompts are over student.max_length=256" in result.out
 
 

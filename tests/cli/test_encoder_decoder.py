@@ -96,8 +96,8 @@ def test_evaluate_and_export_of_the_run(uld, straight, tmp_path):
     scores, output = tmp_path / "scores.json", tmp_path / "exported"
     result = uld("evaluate", f"--workdir={straight}", f"--output={scores}")
     assert (result.status, result.err) == (0, "")
-    assert read(scores) == read(straight / "after.json")
-    assert read(scores)["answers"] != read(straight / "before.json")["answers"]
+    assert read(scores)["scores"] == pytest.approx(read(straight / "after.json")["scores"])
+    assert read(scores)["student"]["tokens"] > read(scores)["student"]["answers"] == 4
     result = uld("export", f"--workdir={straight}", f"--output={output}")
     assert (result.status, result.err) == (0, "")
     for path in (straight / "student").iterdir():

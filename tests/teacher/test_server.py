@@ -366,7 +366,7 @@ def test_a_journal_of_something_else_is_refused(fake, texts, tmp_path):
     with pytest.raises(UserError, match=r"holds signals of .*'top_k': 8.*expected .*'top_k': 4"):
         fetch(fake, texts, tmp_path, top_k=4)
     other = [ServedText("q0", texts[0].prompt, " Norway")]
-    with pytest.raises(UserError, match="'q0' has a signal for another text"):
+    with pytest.raises(UserError, match="its signals for 'q0' are of another text"):
         fetch(fake, other, tmp_path)
     journal = tmp_path / "served.jsonl"
     lines = journal.read_text().splitlines(keepends=True)

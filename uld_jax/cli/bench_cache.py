@@ -9,6 +9,7 @@ from typing import Any
 
 from uld_jax.benchmark.signals import measure_signals
 from uld_jax.cli import compose
+from uld_jax.cli.examples import load_split
 from uld_jax.cli.teachers import cached_answers
 from uld_jax.cli.train import Job, loader_of
 from uld_jax.errors import UserError
@@ -37,7 +38,7 @@ def prepare(args: argparse.Namespace, batches: int) -> Callable[[], dict[str, An
         )
     meshes = compose.meshes(config)
     mesh = meshes["student"]
-    train_set = compose.load_split(config, "train")
+    train_set = load_split(config, "train")
     teachers = [
         compose.load_model(name, each, mesh) for name, each in config.teacher_groups().items()
     ]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import progress_bar, say
-from uld_jax.cli.shots import shot_pool_of
+from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
 from uld_jax.data.signal_store import ANSWERS
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         )
     output = locate(args.output)
     known = models.load_tokenizer(config.teacher.source)
-    examples = compose.load_split(config, "train")
+    examples = load_split(config, "train")
     job = _Job(config, output, examples, known, _own_mesh(config))
     answers = _answers(job)
     texts = teacher_texts(examples, answers, job.side, pool=job.pool, seed=config.data.seed)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
@@ -24,20 +23,18 @@ from rich.progress import (
 
 from uld_jax import buckets, models
 from uld_jax import config as configs
-from uld_jax.cli.shots import shot_pool_of
+from uld_jax.cli.examples import shot_pool_of
 from uld_jax.config import BaseModelConfig, DataConfig, MeshConfig, RunConfig, TeacherConfig
 from uld_jax.data import (
     Example,
     Side,
     chat_template,
-    fingerprint_examples,
-    load_examples,
     task_of,
 )
 from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import AnyPath, locate, make_directory, remove_tree, write_json
-from uld_jax.processes import agreed, differing, is_first, wait_for_all
+from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import make_mesh, parameter_rules, split_devices
 from uld_jax.train import adapt, restore_params
 
@@ -276,45 +273,6 @@ def side_of(
     )
 
 
-def load_split(config: RunConfig, split: str) -> list[Example]:
-    """A split of the configured data, cut to the configured number of examples.
-
-    Args:
-        config: The run.
-        split: "train" or "eval".
-
-    Returns:
-        The examples; a random choice by `data.seed` where the number is limited.
-
-    Raises:
-        UserError: The data cannot be read, or not all processes have the same.
-    """
-    data = config.data
-    source, limit = data.source, data.train_examples
-    if split == "eval":
-        source, limit = data.eval_source or data.source, data.eval_examples
-    examples = load_examples(
-        source, split, data_dir=data.data_dir or None, manual_dir=data.manual_dir or None
-    )
-    if limit and limit < len(examples):
-        chosen = np.random.default_rng(data.seed).permutation(len(examples))[:limit]
-        examples = [examples[i] for i in sorted(chosen)]
-    _check_same_everywhere(examples, f"{source}, split {split}")
-    return examples
-
-
-def _check_same_everywhere(examples: Sequence[Example], what: str) -> None:
-    """Refuses data that differ between the machines: each process trusts the others' plan."""
-    if jax.process_count() == 1:
-        return
-    different = differing(fingerprint_examples(examples))
-    if different:
-        raise UserError(
-            f"{what}: process {', '.join(map(str, different))} of {jax.process_count()} has other "
-            "examples than process 0; expected the same on all: give every machine the same files"
-        )
-
-
 def measure(
     config: RunConfig,
     student: models.LoadedModel,
@@ -346,7 +304,6 @@ def measure(
             batch_size=config.eval.batch_size,
             progress=progress,
         )
-        progress(result.too_long)
     if result.too_long:
         say(
             f"{result.too_long} of {len(eval_set)} prompts are over "

@@ -8,7 +8,7 @@ import jax
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split, dropped_message, wait_until_finished
 from uld_jax.cli.compose import say
-from uld_jax.cli.shots import shot_pool_of
+from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
 from uld_jax.errors import UserError
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> None:
         return
     mesh = compose.mesh_of(config.mesh, devices=jax.local_devices())
     split = config.generate.split
-    examples = compose.load_split(config, split)
+    examples = load_split(config, split)
     pool = examples
     if config.teacher.shots:
-        train_set = examples if split == "train" else compose.load_split(config, "train")
+        train_set = examples if split == "train" else load_split(config, "train")
         pool = shot_pool_of(config, train_set)
     writer = answer_split(
         config,

@@ -14,7 +14,7 @@ from absl.flags import argparse_flags
 
 import uld_jax
 from uld_jax import buckets
-from uld_jax.cli import bench, distributed
+from uld_jax.cli import bench, distributed, scoring_flags
 from uld_jax.errors import Preempted, UserError
 
 # EX_TEMPFAIL of sysexits.h: the same command will go on.
@@ -103,10 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "plan":
             distributed.add_flags(command)
         if name == "evaluate":
-            command.add_argument("--output", metavar="FILE.json", help="scores and answers")
+            scoring_flags.add_evaluate_flags(command)
         if name == "plan":
             _add_plan_flags(command)
     bench.add_parser(commands)
+    scoring_flags.add_report_parser(commands)
     commands.add_parser("fields", help="list every config field with its default")
     return parser
 

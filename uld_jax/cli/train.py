@@ -13,7 +13,7 @@ from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
-from uld_jax.cli.shots import shot_pool_of
+from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.cli.teachers import (
     Teacher,
     cached_answers,
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             "--config.data.answers=gold"
         )
     meshes = compose.meshes(config)
-    train_set, eval_set = (compose.load_split(config, split) for split in ("train", "eval"))
+    train_set, eval_set = (load_split(config, split) for split in ("train", "eval"))
     teachers = load_teachers(config, meshes)
     student = compose.load_student(config, None, meshes["student"])
     workdir = locate(args.workdir)

@@ -4,7 +4,7 @@ A config file defines `get_config()` and returns a `RunConfig`. `load` reads it,
 sets single fields from the command line, and `resolve` reports every mistake at once.
 """
 
-from uld_jax.config.convert import apply_overrides, differences, from_dict, to_dict
+from uld_jax.config.convert import apply_overrides, differences, flatten, from_dict, to_dict
 from uld_jax.config.files import load
 from uld_jax.config.schema import (
     BaseModelConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "TrainConfig",
     "apply_overrides",
     "differences",
+    "flatten",
     "from_dict",
     "load",
     "resolve",

@@ -21,9 +21,8 @@ class BaseModelConfig:
         shots: worked examples in its prompt.
         chat: use of the tokenizer's chat template: auto (where there is one) | always | never.
         max_length: tokens; a longer prompt + answer is dropped and counted.
-        shard_parameters: each device of mesh.fsdp holds a part of its parameters, and gathers each
-            layer's when it computes it (ZeRO-3); false = it holds all of them, faster where they
-            fit, and of the student a part of the optimizer's moments (ZeRO-1).
+        shard_parameters: each device of mesh.fsdp holds a part of its parameters (ZeRO-3); false =
+            all of them, faster where they fit, and a part of the optimizer's moments (ZeRO-1).
     """
 
     source: str = rules.field(

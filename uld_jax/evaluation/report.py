@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from uld_jax.evaluation.calibration import Reliability
 from uld_jax.evaluation.scores import METRICS
 
 # Key in a line of metrics, name in the legend, colour (told apart by colour-blind readers), style.
@@ -107,4 +108,38 @@ def plot_losses(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+
+
+def plot_reliability(models: Mapping[str, Reliability], path: Path) -> None:
+    """Draw how often models are right against how sure they are, as a PNG, a panel a model.
+
+    Args:
+        models: name -> its bins.
+        path: where to write.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from uld_jax.evaluation import reliability
+        >>> bins = reliability(np.array([0.2, 0.9]), np.array([False, True]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_reliability({"student": bins}, Path(folder) / "reliability.png")
+    """
+    # Imported here: see `plot_losses`.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * len(models), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, (name, bins) in zip(panels, models.items(), strict=True):
+        width, used = 1 / len(bins.count), bins.count > 0
+        centres = (width * (0.5 + i) for i in range(len(bins.count)))
+        places = [x for x, there in zip(centres, used, strict=True) if there]
+        axes.bar(places, bins.accuracy[used], width=width, color="#0072b2", ec="white", lw=0.5)
+        axes.plot(bins.confidence[used], bins.accuracy[used], "o", color="#d55e00", ms=3)
+        axes.plot([0, 1], [0, 1], color="#222222", ls="dashed", lw=1)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+        tokens = f"{bins.count.sum():,} tokens"
+        axes.set_title(f"{name}: ECE {100 * bins.expected_error:.2f} %, {tokens}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)

@@ -1,8 +1,10 @@
 """A model's answers to held-out questions, and their scores."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from uld_jax.data import Example, Side, encode_prompts, first_line
 from uld_jax.evaluation.scores import score
@@ -51,20 +53,61 @@ def evaluate(
         The scores and the answers.
     """
     prompts = encode_prompts(examples, side, pool=pool, seed=seed)
-    short = [i for i, ids in enumerate(prompts) if len(ids) <= side.max_length]
-    texts = complete(
+    predictions = answer_prompts(
         m,
-        [prompts[i] for i in short],
+        prompts,
+        max_length=side.max_length,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        progress=progress,
+        found=None if progress is None else lambda answers: progress(len(answers)),
     )
-    predictions = [""] * len(prompts)
-    for i, text in zip(short, texts, strict=True):
-        predictions[i] = first_line(text)
     answers = [
         {"id": e.id, "question": e.question, "references": list(e.answers), "prediction": text}
         for e, text in zip(examples, predictions, strict=True)
     ]
     scores = score(predictions, [e.answers for e in examples])
-    return Evaluation(scores, answers, len(prompts) - len(short))
+    too_long = sum(len(ids) > side.max_length for ids in prompts)
+    return Evaluation(scores, answers, too_long)
+
+
+def answer_prompts(
+    m: LoadedModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    batch_size: int,
+    found: Callable[[Mapping[int, str]], None] | None = None,
+) -> list[str]:
+    """Continues prompts greedily, first line only.
+
+    Args:
+        m: The model.
+        prompts: Token ids, int32 [P] each.
+        max_length: Prompts over so many tokens are not answered: their answer is empty.
+        max_new_tokens: At most this many tokens an answer.
+        batch_size: Prompts answered together.
+        found: Called with answers by place in `prompts`, as they become known.
+
+    Returns:
+        An answer a prompt.
+    """
+    answers = {i: "" for i, ids in enumerate(prompts) if len(ids) > max_length}
+    short = [i for i in range(len(prompts)) if i not in answers]
+    report = found or (lambda _: None)
+    if answers:
+        report(answers)
+
+    def keep(texts: Mapping[int, str]) -> None:
+        done = {short[i]: first_line(text) for i, text in texts.items()}
+        answers.update(done)
+        report(done)
+
+    complete(
+        m,
+        [prompts[i] for i in short],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        found=keep,
+    )
+    return [answers[i] for i in range(len(prompts))]

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,6 +42,7 @@ def continue_prompts(
     numbers: np.ndarray | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    found: Callable[[Mapping[int, Continuation]], None] | None = None,
 ) -> list[Continuation]:
     """Continues prompts of any lengths with a key-value cache, ended rows making room for others.
 
@@ -66,6 +67,7 @@ def continue_prompts(
             are folded into the key for.
         batch_size: Rows of the pool; on a mesh rounded up to a multiple of its batch shards.
         progress: Called with the number of prompts done since the last call.
+        found: Called with these continuations, by their prompts' places.
 
     Returns:
         One continuation a prompt, in the order given.
@@ -106,6 +108,8 @@ def continue_prompts(
             batcher = Batcher(model, request, run_plan, rows=rows, shards=shards, stops=stops)
             for done in batcher.run(prompt_ids, run, numbers):
                 answers |= done
+                if found is not None:
+                    found(done)
                 if progress is not None:
                     progress(len(done))
     return [answers[i] for i in range(len(prompt_ids))]
@@ -264,6 +268,7 @@ def complete(
     key: jax.Array | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    found: Callable[[Mapping[int, str]], None] | None = None,
 ) -> list[str]:
     """One-line continuations as text, greedy by default.
 
@@ -276,6 +281,7 @@ def complete(
         key: PRNG key for sampling; key 0 by default.
         batch_size: Rows computed together.
         progress: Called with the number of prompts done since the last call.
+        found: Called with their texts, by their prompts' places.
 
     Returns:
         One text a prompt, in the order given, special tokens left out.
@@ -283,7 +289,16 @@ def complete(
     Raises:
         UserError: As `continue_prompts`.
     """
-    found = continue_prompts(
+
+    def line(each: Continuation) -> str:
+        # A token may hold text and a line break after it: such a one does not stop its row.
+        return str(each.text).partition("\n")[0]
+
+    def report(done: Mapping[int, Continuation]) -> None:
+        if found is not None:
+            found({i: line(each) for i, each in done.items()})
+
+    every = continue_prompts(
         m.model,
         prompt_ids,
         max_new_tokens=max_new_tokens,
@@ -294,6 +309,6 @@ def complete(
         key=key,
         batch_size=batch_size,
         progress=progress,
+        found=report,
     )
-    # A token may hold text and a line break after it: such a one does not stop its row.
-    return [str(each.text).partition("\n")[0] for each in found]
+    return [line(each) for each in every]

@@ -1,27 +1,19 @@
-"""What a server has answered so far: a file that a killed run goes on from."""
+"""What a server has answered so far: a file of signals that a killed run goes on from."""
 
 import base64
 import hashlib
-import json
-import os
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from uld_jax.errors import UserError
+from uld_jax.journal import Journal
 from uld_jax.teacher.echo import ServedSignal, ServedText
 
-FORMAT = 1
 
-
-class Journal:
-    """A JSON-lines file of signals; each line is on the disk before `add` returns.
-
-    The first line says what the signals are of. A last line that is not whole, which a kill may
-    leave, is dropped. May be used from several threads, not from several processes.
+class SignalJournal:
+    """Signals in a `Journal`; may be used from several threads, not from several processes.
 
     Args:
         path: Of the file; made where it is absent.
@@ -36,9 +28,9 @@ class Journal:
         >>> path = Path(tempfile.mkdtemp()) / "signals.jsonl"
         >>> text = ServedText("q1", "Where is Oslo?", " Norway")
         >>> probs, tails = np.array([[0.75, 0.125]], np.float32), np.array([0.125], np.float32)
-        >>> with Journal(path, {"model": "m"}) as journal:
+        >>> with SignalJournal(path, {"model": "m"}) as journal:
         ...     journal.add(text, ServedSignal("q1", probs, tails))
-        >>> with Journal(path, {"model": "m"}) as journal:
+        >>> with SignalJournal(path, {"model": "m"}) as journal:
         ...     journal.signal(text).tail_mass
         array([0.125], dtype=float32)
     """
@@ -46,25 +38,13 @@ class Journal:
     def __init__(
         self, path: Path, about: Mapping[str, Any], *, kept: Callable[[], None] = lambda: None
     ) -> None:
-        self._path, self._kept = path, kept
-        self._lock = threading.Lock()
-        self._lines: dict[str, tuple[int, str]] = {}
-        self._file = path.open("a+b")
-        try:
-            self._read({"format": FORMAT, **about})
-        except BaseException:
-            self._file.close()
-            raise
+        self._journal = Journal(path, about, what="signals", kept=kept)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "SignalJournal":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        self._journal.close()
 
     def has(self, text: ServedText) -> bool:
         """Whether there is a signal for a text.
@@ -78,13 +58,7 @@ class Journal:
         Raises:
             UserError: There is one for its id, but for another text.
         """
-        found = self._lines.get(text.id)
-        if found is not None and found[1] != _digest(text):
-            raise UserError(
-                f"{self._path}: example {text.id!r} has a signal for another text: expected the "
-                "same data and prompts as before: use another directory, or delete the file"
-            )
-        return found is not None
+        return self._journal.has(text.id, _digest(text))
 
     def signal(self, text: ServedText) -> ServedSignal:
         """Reads a signal.
@@ -95,11 +69,9 @@ class Journal:
         Returns:
             What `add` was given, bit for bit.
         """
-        with self._lock:
-            self._file.seek(self._lines[text.id][0])
-            line = json.loads(self._file.readline())
-        tails = _array(line["tail_mass"])
-        return ServedSignal(text.id, _array(line["probs_sorted"]).reshape(len(tails), -1), tails)
+        record = self._journal.read(text.id)
+        tails = _array(record["tail_mass"])
+        return ServedSignal(text.id, _array(record["probs_sorted"]).reshape(len(tails), -1), tails)
 
     def add(self, text: ServedText, result: ServedSignal | str) -> None:
         """Appends a signal, or the reason why there is none; the latter is asked for again.
@@ -108,53 +80,15 @@ class Journal:
             text: What it is of.
             result: The signal or the reason.
         """
-        line: dict[str, Any] = {"id": text.id, "text": _digest(text)}
-        if isinstance(result, str):
-            line["failed"] = result
-        else:
-            line["probs_sorted"] = _base64(result.probs_sorted)
-            line["tail_mass"] = _base64(result.tail_mass)
-        with self._lock:
-            start = self._append(line)
-            if not isinstance(result, str):
-                self._lines[text.id] = (start, line["text"])
-            self._kept()
+        record = {"failed": result} if isinstance(result, str) else _record(result)
+        self._journal.add({text.id: record}, {text.id: _digest(text)})
 
-    def _append(self, line: Mapping[str, Any]) -> int:
-        start = self._file.seek(0, os.SEEK_END)
-        try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
-        return start
 
-    def _read(self, about: dict[str, Any]) -> None:
-        self._file.seek(0)
-        start = number = 0
-        for raw in self._file:
-            if not raw.endswith(b"\n"):
-                break
-            number += 1
-            try:
-                line = json.loads(raw)
-                if number > 1 and "failed" not in line:
-                    self._lines[line["id"]] = (start, line["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self._path}:{number}: not a line of a journal of signals: delete the file "
-                    "to ask for all of them again"
-                ) from error
-            if number == 1 and line != about:
-                raise UserError(
-                    f"{self._path}: holds signals of {line}, expected {about}: use another "
-                    "directory, or delete the file"
-                )
-            start += len(raw)
-        self._file.truncate(start)
-        if number == 0:
-            self._append(about)
+def _record(signal: ServedSignal) -> dict[str, str]:
+    return {
+        "probs_sorted": _base64(signal.probs_sorted),
+        "tail_mass": _base64(signal.tail_mass),
+    }
 
 
 def _digest(text: ServedText) -> str:

@@ -13,7 +13,7 @@ from uld_jax.mirror import Mirror
 from uld_jax.teacher.choices import Choice, Fault
 from uld_jax.teacher.completions import CompletionsClient
 from uld_jax.teacher.echo import ServedSignal, ServedText, signal
-from uld_jax.teacher.journal import Journal
+from uld_jax.teacher.journal import SignalJournal
 
 JOURNAL = "served.jsonl"
 
@@ -76,7 +76,7 @@ def served_signals(
             make_directory(directory)
             mirror = stack.enter_context(Mirror(directory))
             mirror.pull(JOURNAL)
-            journal = Journal(mirror.local / JOURNAL, about, kept=mirror.push_when_due)
+            journal = SignalJournal(mirror.local / JOURNAL, about, kept=mirror.push_when_due)
         except OSError as error:
             raise UserError(f"{directory / JOURNAL}: cannot write: {error.strerror}") from error
         stack.enter_context(journal)
@@ -96,7 +96,7 @@ class _Fetch:
     def __init__(
         self,
         client: CompletionsClient,
-        journal: Journal,
+        journal: SignalJournal,
         options: FetchOptions,
         allowed: float,
         failed: dict[str, str],

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from uld_jax.cli import compose
+from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.cli.generate import _line
-from uld_jax.cli.shots import shot_pool_of
 from uld_jax.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from uld_jax.data import AnswerWriter, load_examples, task_of
 from uld_jax.data.answers import Answer
@@ -35,7 +35,7 @@ TRAIN = [question(n, "train") for n in range(1, 5)]
 
 
 def contexts(config):
-    pool = shot_pool_of(config, compose.load_split(config, "train"))
+    pool = shot_pool_of(config, load_split(config, "train"))
     return [example.context for example in pool]
 
 
