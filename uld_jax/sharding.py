@@ -15,12 +15,13 @@ from uld_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+EMBED_AXIS = "fsdp"
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": EMBED_AXIS,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",

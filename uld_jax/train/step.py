@@ -19,7 +19,7 @@ from uld_jax.losses import (
     sharded_uld_cross_entropy,
 )
 from uld_jax.models import Decoder
-from uld_jax.sharding import BATCH_AXES, RULES, constrain
+from uld_jax.sharding import BATCH_AXES, EMBED_AXIS, constrain
 from uld_jax.train.state import TrainState
 from uld_jax.types import Batch, TeacherSignal, TeacherTokens
 
@@ -219,7 +219,7 @@ def _micro_loss(
     fused = fused_teachers_cross_entropy
     if not mesh.empty:
         fused = functools.partial(
-            sharded_uld_cross_entropy, mesh=mesh, batch_axes=BATCH_AXES, embed_axis=RULES["embed"]
+            sharded_uld_cross_entropy, mesh=mesh, batch_axes=BATCH_AXES, embed_axis=EMBED_AXIS
         )
     out: FusedLoss = fused(
         take_positions(student_BTD, b.student_index),
