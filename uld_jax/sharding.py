@@ -16,10 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from uld_jax.errors import UserError
 
 # The last axis has the most traffic, and gets the closest devices.
-# Parameters lie in parts on FSDP; the last axis has the most traffic, and gets the closest devices.
-FSDP = "fsdp"
-MESH_AXES = ("data", FSDP, "sequence", "tensor")
-BATCH_AXES = ("data", FSDP)
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+BATCH_AXES = ("data", "fsdp")
+EMBED_AXIS = "fsdp"
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
@@ -28,7 +27,7 @@ RULES: Rules = {
     "length": "sequence",
     "layers": None,
     "vocab": "tensor",
-    "embed": FSDP,
+    "embed": EMBED_AXIS,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",

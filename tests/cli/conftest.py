@@ -221,7 +221,7 @@ class Pod:
         """The lines of one process."""
         start = f"[{index}] "
         lines = [line for line in log.read_text().splitlines() if line.startswith(start)]
-        return [line.removeprefix(start) for line in lines if "Gloo" not in line]
+        return [line.removeprefix(start) for line in lines if not line.startswith(f"{start}[Gloo]")]
 
     def has_missed_another(self, log, index):
         """Whether a process has said that another is gone, in our words or in those of jax."""

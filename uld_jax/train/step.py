@@ -19,7 +19,7 @@ from uld_jax.losses import (
     sharded_uld_cross_entropy,
 )
 from uld_jax.models import Decoder
-from uld_jax.sharding import FSDP, RULES, constrain
+from uld_jax.sharding import EMBED_AXIS, RULES, constrain
 from uld_jax.train.state import TrainState
 from uld_jax.types import Batch, TeacherSignal, TeacherTokens
 
@@ -219,7 +219,7 @@ def _micro_loss(
     fused = fused_teachers_cross_entropy
     if not mesh.empty:
         fused = functools.partial(
-            sharded_uld_cross_entropy, mesh=mesh, batch_axes=RULES["rows"], embed_axis=FSDP
+            sharded_uld_cross_entropy, mesh=mesh, batch_axes=RULES["rows"], embed_axis=EMBED_AXIS
         )
     compared = [
         _compared(teacher.graph, params, given, scale, config.teacher_temperature)
