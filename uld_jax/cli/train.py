@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from uld_jax import models
+from uld_jax import models, preflight
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
     workdir = locate(args.workdir)
     job = Job(config, workdir, meshes, student, teachers, train_set, eval_set)
     # Nothing is written before everything that can be wrong has been looked at.
+    _check_tokenizers(job)
     answers = cached_answers(config, teachers[0], train_set)
     loader = None if answers is None else loader_of(job, answers)
     if loader is None:
@@ -117,6 +118,15 @@ def run(args: argparse.Namespace) -> None:
     job.student = dataclasses.replace(student, model=_distil(job, loader))
     after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
     _save(job, before, after, steps=step_count(loader, config))
+
+
+def _check_tokenizers(job: Job) -> None:
+    """Refuses what cannot work with a tokenizer: the cheap part of `uld-jax check`."""
+    for (path, side), m in zip(job.sides.items(), (job.student, *job.teachers), strict=True):
+        facts = preflight.tokenizer_facts(path, side, m.config)
+        for finding in preflight.side_findings(path, facts):
+            if finding.level == "error":
+                raise UserError(f"{finding.text}: {finding.mend}")
 
 
 def _check_prompts(job: Job) -> None:

@@ -22,6 +22,7 @@ from uld_jax.models.hf_io import (
 from uld_jax.models.lora import add_adapters, merged, split_trained
 from uld_jax.models.quantization import quantize
 from uld_jax.models.sampling import Sampling
+from uld_jax.models.vocabulary import tokens_beyond
 
 __all__ = [
     "Continuation",
@@ -51,5 +52,6 @@ __all__ = [
     "revision_of",
     "save_pretrained",
     "split_trained",
+    "tokens_beyond",
     "weights_fingerprint",
 ]

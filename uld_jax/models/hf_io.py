@@ -38,6 +38,7 @@ from uld_jax.models.safetensors_source import (
     read_model_config,
     refuse_pickles,
 )
+from uld_jax.models.vocabulary import check_tokenizer
 from uld_jax.processes import fetch, is_first, wait_for_all
 from uld_jax.sharding import RULES, Rules, make_mesh
 
@@ -84,30 +85,6 @@ def _read_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
         ) from error
 
 
-def _check_tokenizer(
-    tokenizer: transformers.PreTrainedTokenizerFast, vocab_size: int, where: str
-) -> None:
-    """Every id that text or its ends can get has a row of the embedding.
-
-    Tokens added to a vocabulary may be beyond it: Gemma 3's for an image is, of which text models
-    have no row.
-    """
-    added = tokenizer.get_added_vocab()
-    ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    beyond = {
-        token: number
-        for token, number in tokenizer.get_vocab().items()
-        if number >= vocab_size and (token not in added or token in ends)
-    }
-    if beyond:
-        token, highest = max(beyond.items(), key=lambda item: item[1])
-        raise UserError(
-            f"{where}: {len(beyond)} tokens of its tokenizer have ids beyond its vocab_size "
-            f"{vocab_size}, up to {highest} ({token!r}): take the tokenizer that belongs to the "
-            "weights, or give them more rows with transformers' resize_token_embeddings"
-        )
-
-
 def load(
     source: str | os.PathLike[str],
     *,
@@ -149,7 +126,7 @@ def load(
     tensors, tokenizer = _open_source(str(source))
     graph, state = nnx.split(abstract_decoder(tensors.config, policy, jnp.dtype(param_type)))
     check_weights(tensors, state, str(source))
-    _check_tokenizer(tokenizer, tensors.config.vocab_size, str(source))
+    check_tokenizer(tokenizer, tensors.config.vocab_size, str(source))
     for weight, param in parameters_of(tensors, state):
         param.set_value(read_parameter(tensors, weight, param, mesh, rules))
     return LoadedModel(nnx.merge(graph, state), tokenizer, tensors.config)
@@ -165,11 +142,12 @@ def _float_name(setting: str, dtype: jax.typing.DTypeLike) -> str:
     return name
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> LoadedTokenizer:
+def load_tokenizer(source: str | os.PathLike[str], *, check: bool = True) -> LoadedTokenizer:
     """Loads a model's tokenizer and config, and no weights; from the hub none are fetched.
 
     Args:
         source: As for `load`; a directory needs no safetensors.
+        check: Whether to refuse a tokenizer with ids that the model has no row for.
 
     Returns:
         Both.
@@ -186,7 +164,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> LoadedTokenizer:
     path = _locate(str(source), [name for name in FILES if name != WEIGHTS])
     tokenizer = tokenizer_from_gguf(path) if path.suffix == ".gguf" else _read_tokenizer(path)
     config = load_config(path)
-    _check_tokenizer(tokenizer, config.vocab_size, str(source))
+    if check:
+        check_tokenizer(tokenizer, config.vocab_size, str(source))
     return LoadedTokenizer(tokenizer, config)
 
 
