@@ -222,8 +222,11 @@ def staged(path: AnyPath) -> Iterator[pathlib.Path]:
     """
     if isinstance(path, pathlib.Path):
         scratch = path.with_name(f".{path.name}")
-        yield scratch
-        scratch.replace(path)
+        try:
+            yield scratch
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory() as directory:
         scratch = pathlib.Path(directory) / path.name

@@ -56,7 +56,8 @@ class Journals(NamedTuple):
     def remove(self) -> None:
         """Removes all of it."""
         self.mirror.forget()
-        remove_tree(self.place)
+        if self.place.exists():  # in a bucket once something has been uploaded
+            remove_tree(self.place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """`uld-jax train`: measure, let the teacher answer, distil, measure again, save."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from uld_jax import config as configs
 from uld_jax import models, preflight
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split
@@ -37,12 +39,21 @@ from uld_jax.evaluation import comparison_table, plot_losses, sample_table
 from uld_jax.files import AnyPath, is_complete, locate, remove_tree, staged
 from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import batch_shards
-from uld_jax.train import MetricsWriter, OnPolicy, fit, read_metrics
+from uld_jax.train import (
+    MetricsWriter,
+    OnPolicy,
+    WandbRun,
+    fit,
+    read_metrics,
+    require_wandb,
+)
 from uld_jax.train.loop import step_count
 
 PROMPTS_AT_A_TIME = 64
 # Seconds after which a log is due a line, however long the steps are.
 SILENCE = 60
+# Takes a group of numbers, the numbers by name, and their step.
+Track = Callable[[str, Mapping[str, Any], int], None]
 
 
 @dataclasses.dataclass
@@ -92,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: Bad input of any kind.
     """
     config = compose.run_config(args)
+    if config.train.wandb_project:
+        require_wandb()
     if config.data.answers == "teacher" and config.generate.samples > 1:
         raise UserError(
             f"generate.samples={config.generate.samples}: expected 1, an answer to each question; "
@@ -115,9 +128,24 @@ def run(args: argparse.Namespace) -> None:
     before = reuse_or_make(workdir / "before.json", lambda: _measure(job, "before training"))
     if loader is None:
         loader = loader_of(job, _answers(job))
-    job.student = dataclasses.replace(student, model=_distil(job, loader))
-    after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
-    _save(job, before, after, steps=step_count(loader, config))
+    steps = step_count(loader, config)
+    with _tracking(job) as track:
+        track("eval", before["scores"], 0)
+        job.student = dataclasses.replace(student, model=_distil(job, loader, track))
+        after = reuse_or_make(workdir / "after.json", lambda: _measure(job, "after training"))
+        track("eval", after["scores"], steps)
+    _save(job, before, after, steps=steps)
+
+
+@contextlib.contextmanager
+def _tracking(job: Job) -> Iterator[Track]:
+    """Sends what it is called with to Weights & Biases, if the config has a project there."""
+    project = job.config.train.wandb_project
+    if not project or not is_first():
+        yield lambda group, values, step: None
+        return
+    with WandbRun(project, job.workdir, configs.to_dict(job.config)) as run:
+        yield lambda group, values, step: run.log(group, values, step=step)
 
 
 def _check_tokenizers(job: Job) -> None:
@@ -269,7 +297,7 @@ def _on_policy(job: Job) -> OnPolicy | None:
     )
 
 
-def _distil(job: Job, loader: Loader) -> models.Decoder:
+def _distil(job: Job, loader: Loader, track: Track) -> models.Decoder:
     steps = step_count(loader, job.config)
     shapes = ", ".join(
         f"{'+'.join(str(length) for length in shape.lengths)} tokens, "
@@ -283,6 +311,7 @@ def _distil(job: Job, loader: Loader) -> models.Decoder:
         def show(step: int, steps: int, row: Mapping[str, float]) -> None:
             nonlocal shown, said
             progress(step - shown)
+            track("train", row, step)
             shown, now = step, time.monotonic()
             if step == steps or step % max(1, steps // 10) == 0 or now - said >= SILENCE:
                 said = now

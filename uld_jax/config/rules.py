@@ -106,6 +106,22 @@ def fraction(default: float) -> Any:
     return field(default, "a number > 0 and < 1", lambda value: 0 < value < 1)
 
 
+def part(default: float) -> Any:
+    """A part of a whole, or all of it, or none.
+
+    Args:
+        default: its default.
+
+    Returns:
+        The field.
+
+    Example:
+        >>> part(0.0).metadata["check"](1)
+        True
+    """
+    return field(default, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
 def names(*options: str) -> Any:
     """Some of some names with commas between them, none by default.
 

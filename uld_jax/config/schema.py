@@ -234,6 +234,7 @@ class TrainConfig:
         checkpoint_every: optimizer steps between two checkpoints.
         keep_checkpoints: the newest so many are kept.
         log_every: optimizer steps between two lines of metrics.
+        wandb_project: of Weights & Biases, which is sent the metrics; empty = none.
         profile_from: the first optimizer step that jax.profiler records; 0 = none.
         profile_steps: how many it records.
         max_nonfinite_steps: skipped steps in a row, their loss or gradient not finite, that end it.
@@ -250,13 +251,12 @@ class TrainConfig:
     checkpoint_every: int = rules.at_least(1, 50)
     keep_checkpoints: int = rules.at_least(1, 2)
     log_every: int = rules.at_least(1, 1)
+    wandb_project: str = ""
     profile_from: int = rules.at_least(0, 0)
     profile_steps: int = rules.at_least(1, 3)
     max_nonfinite_steps: int = rules.at_least(1, 5)
     seed: int = rules.at_least(0, 0)
-    on_policy_fraction: float = rules.field(
-        0.0, "a number from 0 to 1", lambda value: 0 <= value <= 1
-    )
+    on_policy_fraction: float = rules.part(0.0)
     on_policy_temperature: float = rules.positive(1.0)
     on_policy_tokens: int = rules.at_least(1, 32)
 

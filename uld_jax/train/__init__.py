@@ -8,6 +8,7 @@ from uld_jax.train.optimizer import make_optimizer, make_schedule
 from uld_jax.train.program import Program, adapt, make_program
 from uld_jax.train.state import TrainState, init_state, param_shardings, state_shardings
 from uld_jax.train.step import StepTeacher, gradients, train_step
+from uld_jax.train.tracking import WandbRun, require_wandb
 
 __all__ = [
     "MEASURED",
@@ -17,6 +18,7 @@ __all__ = [
     "Program",
     "StepTeacher",
     "TrainState",
+    "WandbRun",
     "adapt",
     "fit",
     "gradients",
@@ -26,6 +28,7 @@ __all__ = [
     "make_schedule",
     "param_shardings",
     "read_metrics",
+    "require_wandb",
     "restore_params",
     "state_shardings",
     "to_mesh",
