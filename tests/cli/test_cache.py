@@ -144,6 +144,7 @@ def finish(child):
     assert child.returncode == 0, error
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_the_cache_is_the_same(tiny, tmp_path):
     """Each kill comes a random while after the command has written a random number of shards."""
     source = tiny.write(tmp_path / "qa.jsonl", [tiny.record(number) for number in range(200)])

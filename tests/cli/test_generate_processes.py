@@ -77,6 +77,7 @@ def shards_done(directory):
     return len(list(directory.glob("answers-*.json")))
 
 
+@pytest.mark.slow
 def test_killed_ten_times_the_answers_are_the_same(tiny, whole, tmp_path):
     seed = int(os.environ.get("ULD_JAX_KILL_SEED", time.time_ns() % 10_000))
     print(f"ULD_JAX_KILL_SEED={seed}")

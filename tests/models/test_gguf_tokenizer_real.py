@@ -96,6 +96,7 @@ def assert_offsets(tok, texts, normalise, length):
         assert out.offset_mapping == expected_offsets(normalise(text), map(length, pieces))
 
 
+@pytest.mark.slow
 def test_gemma_equals_transformers(gemma, gemma_gguf, contexts, tmp_path):
     theirs = from_transformers(gemma_gguf)
     assert len(gemma) == len(theirs) == 262_144
