@@ -97,8 +97,8 @@ def test_several_teachers_share_what_the_student_leaves():
         (
             {"mesh.data": 8},
             1,
-            "mesh: expected axes that multiply to the 4 devices, got data 8 x fsdp 1 x tensor 1 "
-            "= 8; set one axis to -1 to take those that remain",
+            "mesh: expected axes that multiply to the 4 devices, got data 8 x fsdp 1 x sequence 1 "
+            "x tensor 1 = 8; set one axis to -1 to take those that remain",
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +11,6 @@ import transformers
 
 from uld_jax import config as configs
 from uld_jax import models
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def read(path):
@@ -213,10 +210,3 @@ def test_gradients_that_are_not_finite_end_the_run(uld, tiny, tmp_path):
     assert "step 3: loss or gradients were not finite in more than 2 steps in a row" in result.err
     assert "lower optimizer.learning_rate" in result.err
     assert not (workdir / "student").exists()
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("devices", [1, 8])
-def test_every_shipped_config_resolves(path, devices):
-    config = configs.load(str(path))
-    assert configs.resolve(config, device_count=devices) is config

@@ -185,13 +185,13 @@ def test_export_overwrites_nothing(uld, trained):
     assert "student: exists and is not an empty directory; choose another" in result.err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_run_without_a_checkpoint(uld, tiny, tmp_path, trained, command):
+@pytest.mark.parametrize(("command", "output"), [("evaluate", "output.json"), ("export", "output")])
+def test_run_without_a_checkpoint(uld, tiny, tmp_path, trained, command, output):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_bytes((trained / "config.json").read_bytes())
-    result = uld(command, f"--workdir={workdir}", f"--output={tmp_path / 'output'}")
+    result = uld(command, f"--workdir={workdir}", f"--output={tmp_path / output}")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert "no whole checkpoint; has the run begun to train?" in result.err
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
-    assert not (tmp_path / "output").exists()
+    assert not (tmp_path / output).exists()

@@ -78,6 +78,15 @@ def test_all_are_here():
     }
 
 
+@pytest.mark.parametrize("name", SHIPPED + SLOW)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_shipped_config_resolves(name, devices):
+    config = configs.load(f"{CONFIGS / name}")
+    if config.mesh.tensor > devices:
+        pytest.skip(f"its tensor axis is {config.mesh.tensor} devices")
+    assert configs.resolve(config, device_count=devices) is config
+
+
 @pytest.mark.parametrize(
     "name", [*SHIPPED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )

@@ -64,6 +64,7 @@ def test_every_config_is_planned_in_small(tmp_path):
         "--config.student.max_length=128",
         "--config.teacher.max_length=128",
         "--config.teacher.max_new_tokens=15",
+        "--config.eval.max_new_tokens=15",
         "--config.data.batch_size=16",
         "--config.mesh.tensor=2",
     ]

@@ -47,6 +47,7 @@ def read_predictions(path: AnyPath) -> list[Prediction]:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp()) / "predictions.jsonl"
         >>> _ = path.write_text(json.dumps({"answers": "Oslo", "prediction_text": "In Oslo"}))
         >>> read_predictions(path)

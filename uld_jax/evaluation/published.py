@@ -48,6 +48,7 @@ def read_published(path: AnyPath) -> list[Published]:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp()) / "scores.csv"
         >>> head = "kind,student,dataset,teacher,distil_factor,data_fraction,f1"
         >>> _ = path.write_text(f"{head}\ndistilled,s,squad,t,1.5,1.0,70.5\n")
