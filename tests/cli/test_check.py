@@ -88,6 +88,11 @@ def test_a_student_without_an_end(check, tiny, tmp_path):
     assert "the student's tokenizer has no end-of-text token" in result.out
 
 
+def test_samples_of_none_are_one_line(uld, tiny):
+    result = uld("check", tiny.config, "--samples=0")
+    assert (result.status, result.err) == (2, "error: --samples=0: expected 1 or more\n")
+
+
 def test_tokens_without_a_row(check, tiny, tmp_path):
     student = tiny.copy("student", tmp_path / "student")
     changed(student, "config.json", vocab_size=200)

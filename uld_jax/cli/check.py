@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from uld_jax import models, preflight
@@ -36,7 +37,7 @@ class _Member:
     m: models.LoadedTokenizer
     side: Side
 
-    @property
+    @functools.cached_property
     def facts(self) -> TokenizerFacts:
         return preflight.tokenizer_facts(self.group.source, self.side, self.m.config)
 
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: Bad input, or something that training cannot work with.
     """
+    if args.samples < 1:
+        raise UserError(f"--samples={args.samples}: expected 1 or more")
     config = compose.run_config(args)
     groups = {"student": config.student, **config.teacher_groups()}
     loaded = {

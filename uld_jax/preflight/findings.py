@@ -82,7 +82,7 @@ def side_findings(name: str, facts: TokenizerFacts) -> list[Finding]:
         found.append(Finding(level, "few_tokens", text, own))
     elif padding:
         text = f"{padding:,} of the {name}'s {facts.logits:,} logits are padding without a token"
-        mend = "nothing to do: ULD compares whole distributions, and padding has no probability"
+        mend = "nothing to do: ULD compares whole distributions, what is padding among the rest"
         found.append(Finding("note", "padded_vocabulary", text, mend))
     return found
 
