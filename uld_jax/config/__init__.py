@@ -6,12 +6,12 @@ sets single fields from the command line, and `resolve` reports every mistake at
 
 from uld_jax.config.convert import apply_overrides, differences, flatten, from_dict, to_dict
 from uld_jax.config.files import load
+from uld_jax.config.loss import LossConfig
 from uld_jax.config.schema import (
     BaseModelConfig,
     DataConfig,
     EvalConfig,
     GenerateConfig,
-    LossConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from uld_jax.config import rules
+from uld_jax.config.loss import LossConfig
 from uld_jax.errors import UserError
 
 
@@ -153,40 +154,6 @@ class DataConfig:
     batch_size: int = rules.at_least(1, 8)
     buckets: int = rules.at_least(1, 1)
     seed: int = rules.at_least(0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The distillation loss, total = ce_weight * CE + uld_weight * ULD.
-
-    Attributes:
-        uld_weight: the paper's lambda; 0 = text distillation alone.
-        ce_weight: of the cross-entropy.
-        student_temperature: divides the student's logits in ULD.
-        teacher_temperature: divides the teacher's logits in ULD.
-        convention: which positions and which mean: token_mean | official (the released code).
-        skip_student_eos: leave the student's last answer position out of ULD.
-        skip_teacher_eos: leave the teacher's last answer position out of ULD.
-        alignment: which answer positions ULD compares: positional (the i-th with the i-th, as in
-            the paper) | span (those where both are to go on from the same text).
-        method: of ULD: auto (the faster one for the size) | sort (exact) | level_set (counts).
-        label_smoothing: of the cross-entropy.
-        z_loss: weight of the squared log-normaliser that is added to the cross-entropy.
-        chunk_size: answer positions whose logits exist at a time.
-    """
-
-    uld_weight: float = rules.at_least(0, 1.5)
-    ce_weight: float = rules.at_least(0, 1.0)
-    student_temperature: float = rules.positive(1.0)
-    teacher_temperature: float = rules.positive(1.0)
-    convention: str = rules.choice("token_mean", "official")
-    skip_student_eos: bool = True
-    skip_teacher_eos: bool = False
-    alignment: str = rules.choice("positional", "span")
-    method: str = rules.choice("auto", "sort", "level_set")
-    label_smoothing: float = rules.share(0.0)
-    z_loss: float = rules.at_least(0, 0.0)
-    chunk_size: int = rules.at_least(1, 32)
 
 
 @dataclasses.dataclass(frozen=True)
