@@ -184,6 +184,11 @@ UNSOUND = {
     "loss.ce_weight": float("inf"),
     "loss.student_temperature": 0.0,
     "loss.teacher_temperature": float("nan"),
+    "loss.distance": "js",
+    "loss.beta": 1.0,
+    "loss.alpha": 0.0,
+    "loss.transport_top_k": 0,
+    "loss.transport_epsilon": 0.0,
     "loss.convention": "mean",
     "loss.alignment": "bytes",
     "loss.method": "quick",
@@ -305,6 +310,17 @@ def test_wrong_type_from_a_config_file_is_reported_and_not_compared():
             8,
             "generate.samples: expected 1 where generate.temperature is 0, as all would be the "
             "same, got 2; set --config.generate.temperature=1",
+        ),
+        (
+            {"loss.distance": "kl", "teacher.mode": "stream", "teacher.devices": 4},
+            8,
+            "teacher.mode: expected online where loss.distance is kl, for a teacher that is cached "
+            "or streams gives sorted probabilities, whose tokens are not known, got 'stream'; set",
+        ),
+        (
+            {"loss.distance": "transport"},
+            8,
+            "loss.distance: expected another than transport on 8 devices",
         ),
         ({"student.max_length": 20}, 8, "eval.max_new_tokens: expected less than student.max_len"),
         (

@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 from uld_jax.config import LossConfig, OptimizerConfig
-from uld_jax.losses import sorted_probabilities, uld
+from uld_jax.losses import Divergence, sorted_probabilities, uld
 from uld_jax.models import Decoder
 from uld_jax.sharding import RULES, batch_shards, make_mesh, parameter_rules
 from uld_jax.testing import tiny_config, tiny_gemma, toy_batch
 from uld_jax.train import (
     StepTeacher,
+    gradients,
     init_state,
     make_optimizer,
     state_shardings,
@@ -159,8 +160,8 @@ def test_accumulation_equals_one_large_batch(micro_batches, alone):
     assert_same_step(step(state, teacher, batch), alone[-1])
 
 
-def test_loss_equals_the_plain_computation_over_full_logits(alone):
-    state, (teacher_params,), batch, (graph, teacher_graph), (_, metrics) = alone
+def answer_logits(state, teacher_params, batch, graph, teacher_graph):
+    """Of student and teacher at the answer positions, from whole logits."""
     b = jax.tree.map(lambda x: x[0], batch)
     student_BTV = nnx.merge(graph, state.params)(
         b.student_tokens, segment_ids=b.student_segment_ids
@@ -169,7 +170,12 @@ def test_loss_equals_the_plain_computation_over_full_logits(alone):
         b.teachers[0].tokens, segment_ids=b.teachers[0].segment_ids
     )
     student_NV = student_BTV.reshape(-1, 64)[b.student_index[0]]
-    teacher_NU = teacher_BSU.reshape(-1, 96)[b.teachers[0].index[0]]
+    return student_NV, teacher_BSU.reshape(-1, 96)[b.teachers[0].index[0]], b
+
+
+def test_loss_equals_the_plain_computation_over_full_logits(alone):
+    state, (teacher_params,), batch, graphs, (_, metrics) = alone
+    student_NV, teacher_NU, b = answer_logits(state, teacher_params, batch, *graphs)
     ce_N = optax.softmax_cross_entropy_with_integer_labels(student_NV, b.targets[0])
     ce = (ce_N * b.ce_weight[0]).sum() / b.ce_weight.sum()
     weight_N = b.teachers[0].uld_weight[0]
@@ -177,6 +183,25 @@ def test_loss_equals_the_plain_computation_over_full_logits(alone):
     np.testing.assert_allclose(metrics["cross_entropy"], ce, rtol=1e-5)
     np.testing.assert_allclose(metrics["uld"], distance, rtol=1e-5)
     np.testing.assert_allclose(metrics["total"], ce + 1.5 * distance, rtol=1e-5)
+
+
+def test_another_distance_is_computed_at_the_same_positions(alone):
+    state, (params,), batch, (graph, teacher_graph), (_, expected) = alone
+    student_NV, teacher_NU, b = answer_logits(state, params, batch, graph, teacher_graph)
+    compare = Divergence("kl", np.arange(40), np.arange(40)[::-1])
+    weight_N = b.teachers[0].uld_weight[0]
+    distance = (compare(student_NV, teacher_NU) * weight_N).sum() / weight_N.sum()
+    teachers = [StepTeacher(teacher_graph, comparison=compare)]
+    loss = dataclasses.replace(LOSS, distance="kl")
+    step = functools.partial(gradients, student=graph, teachers=teachers, loss=loss)
+    mesh = make_mesh(2, 2, 2)
+    here = jax.tree.map(np.asarray, (state.params, [params]))
+    with jax.set_mesh(mesh):
+        over = to_mesh(toy_batch(groups=batch_shards(mesh)), mesh)
+        _, metrics = jax.jit(step)(*here, over)
+    np.testing.assert_allclose(metrics["kl"], distance, rtol=1e-5)
+    np.testing.assert_allclose(metrics["cross_entropy"], expected["cross_entropy"], rtol=1e-5)
+    assert "uld" not in metrics
 
 
 def signal_of(batch, graph, params, known=None):

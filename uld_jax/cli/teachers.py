@@ -7,10 +7,13 @@ from jax.sharding import Mesh
 
 from uld_jax import models
 from uld_jax.cli import compose
+from uld_jax.cli.compose import say
 from uld_jax.config import RunConfig
 from uld_jax.data import Example, Side, SignalStore
+from uld_jax.losses import Comparison
 from uld_jax.teacher import StreamedTeacher, StreamOptions
 from uld_jax.teacher.provenance import open_cache, provenance, read_answers, teacher_texts
+from uld_jax.train import make_comparison
 
 Teacher = models.LoadedModel | models.LoadedTokenizer
 
@@ -91,6 +94,32 @@ def open_signals(
         expected = provenance(own, teacher, side, examples, answers, texts)
         stores.append(open_cache(each.cache, expected))
     return stores
+
+
+def compared_by(
+    config: RunConfig, student: models.LoadedModel, teachers: Sequence[Teacher]
+) -> list[Comparison | None]:
+    """What the student is compared with each teacher by; says how many tokens both have.
+
+    Args:
+        config: The run.
+        student: The student.
+        teachers: From `load_teachers`.
+
+    Returns:
+        One a teacher, None for ULD.
+
+    Raises:
+        UserError: The vocabularies share no token, or a package is missing.
+    """
+    found = []
+    for teacher in teachers:
+        comparison = make_comparison(config.loss, student.tokenizer, teacher.tokenizer)
+        ids = getattr(comparison, "student_ids", None)
+        if ids is not None:
+            say(f"{config.loss.distance}: {ids.size:,} tokens are in both vocabularies")
+        found.append(comparison)
+    return found
 
 
 def taught_from(

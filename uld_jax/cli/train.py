@@ -19,6 +19,7 @@ from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.cli.teachers import (
     Teacher,
     cached_answers,
+    compared_by,
     load_teachers,
     open_signals,
     taught_from,
@@ -306,7 +307,7 @@ def _distil(job: Job, loader: Loader, track: Track) -> models.Decoder:
     )
     say(f"distilling: {steps} steps; padded sizes: {shapes}")
     with progress_bar("distilling", steps) as progress:
-        shown, said = 0, time.monotonic()
+        shown, said, name = 0, time.monotonic(), job.config.loss.distance
 
         def show(step: int, steps: int, row: Mapping[str, float]) -> None:
             nonlocal shown, said
@@ -317,7 +318,7 @@ def _distil(job: Job, loader: Loader, track: Track) -> models.Decoder:
                 said = now
                 say(
                     f"step {step}/{steps}: loss {row['total']:.3f} = CE {row['cross_entropy']:.3f}"
-                    f" + {job.config.loss.uld_weight:g} · ULD {row['uld']:.3f}; "
+                    f" + {job.config.loss.uld_weight:g} · {name.upper()} {row[name]:.3f}; "
                     f"{row['seconds']:.2f} s, {row['tokens_per_second']:,.0f} tokens/s"
                 )
 
@@ -328,6 +329,7 @@ def _distil(job: Job, loader: Loader, track: Track) -> models.Decoder:
             job.config,
             mesh=job.meshes["student"],
             workdir=job.workdir,
+            comparisons=compared_by(job.config, job.student, job.teachers),
             on_policy=_on_policy(job),
             progress=show,
         )
@@ -346,7 +348,7 @@ def _save(job: Job, before: dict[str, Any], after: dict[str, Any], *, steps: int
         writer.write_scores(before["scores"], step=0)
         writer.write_scores(after["scores"], step=steps)
     with staged(workdir / "loss.png") as scratch:
-        plot_losses(rows, scratch)
+        plot_losses(rows, scratch, distance=job.config.loss.distance)
     console.print(comparison_table(before["scores"], after["scores"]))
     samples = [
         {

@@ -4,16 +4,27 @@ import dataclasses
 
 from uld_jax.config import rules
 
+# Divergences over the tokens that both vocabularies have, by the names of `losses.DIVERGENCES`.
+DIVERGENCES = ("kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "tvd")
+DISTANCES = ("uld", *DIVERGENCES, "hybrid", "transport")
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The distillation loss, total = ce_weight * CE + uld_weight * ULD.
+    """The distillation loss, total = ce_weight * CE + uld_weight * ULD, or * another distance.
 
     Attributes:
-        uld_weight: the paper's lambda; 0 = text distillation alone.
+        uld_weight: the paper's lambda, of whichever distance; 0 = text distillation alone.
         ce_weight: of the cross-entropy.
-        student_temperature: divides the student's logits in ULD.
-        teacher_temperature: divides the teacher's logits in ULD.
+        distance: from the teacher: uld | over the tokens that both vocabularies have, kl,
+            reverse_kl, skewed_kl, skewed_reverse_kl, jsd or tvd | hybrid (jsd on these, sorted L1
+            on the rest) | transport (an exchange costs the edit distance of the tokens' texts).
+        beta: the teacher's share of the mixture in jsd and hybrid.
+        alpha: share of the other side that the skewed divergences mix in.
+        transport_top_k: likeliest tokens of each side that transport tells apart.
+        transport_epsilon: strength of its regularisation, as a share of the largest cost.
+        student_temperature: divides the student's logits in the distance.
+        teacher_temperature: divides the teacher's logits in the distance.
         convention: which positions and which mean: token_mean | official (the released code).
         skip_student_eos: leave the student's last answer position out of ULD.
         skip_teacher_eos: leave the teacher's last answer position out of ULD.
@@ -27,6 +38,11 @@ class LossConfig:
 
     uld_weight: float = rules.at_least(0, 1.5)
     ce_weight: float = rules.at_least(0, 1.0)
+    distance: str = rules.choice(*DISTANCES)
+    beta: float = rules.fraction(0.5)
+    alpha: float = rules.fraction(0.1)
+    transport_top_k: int = rules.at_least(1, 64)
+    transport_epsilon: float = rules.positive(0.05)
     student_temperature: float = rules.positive(1.0)
     teacher_temperature: float = rules.positive(1.0)
     convention: str = rules.choice("token_mean", "official")

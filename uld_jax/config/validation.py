@@ -49,6 +49,7 @@ got ''; set --config.student.source=..."
         if sound(f"{name}."):
             errors += _cache_errors(name, teacher, config.train.on_policy_fraction)
             errors += _server_errors(name, teacher, config.loss.teacher_temperature)
+            errors += _distance_errors(name, teacher, config.loss.distance)
     if sound("generate."):
         errors += _generate_errors(config.generate)
     errors += [
@@ -67,6 +68,12 @@ got ''; set --config.student.source=..."
         if device_count is not None:
             taken = process_count * sum(streaming.streaming_devices(config).values())
             device_count = device_count - taken if taken < device_count else None
+    if config.loss.distance == "transport" and (device_count or 1) > 1:
+        errors.append(
+            f"loss.distance: expected another than transport on {device_count} devices, which its "
+            "solver cannot be spread over; show the run one (JAX_VISIBLE_DEVICES, "
+            "CUDA_VISIBLE_DEVICES, or JAX_NUM_CPU_DEVICES=1)"
+        )
     if process_count > 1 and config.train.on_policy_fraction:
         errors.append(
             "train.on_policy_fraction: expected 0 with several processes, each of which knows only "
@@ -131,6 +138,16 @@ def _cache_errors(name: str, teacher: TeacherConfig, on_policy_fraction: float) 
             f"got {teacher.cache_ids}; set --config.{name}.cache_cap higher"
         )
     return errors
+
+
+def _distance_errors(name: str, teacher: TeacherConfig, distance: str) -> list[str]:
+    if distance == "uld" or teacher.mode == "online":
+        return []
+    return [
+        f"{name}.mode: expected online where loss.distance is {distance}, for a teacher that is "
+        f"cached or streams gives sorted probabilities, whose tokens are not known, got "
+        f"{teacher.mode!r}; set --config.{name}.mode=online or --config.loss.distance=uld"
+    ]
 
 
 def _server_errors(name: str, teacher: TeacherConfig, temperature: float) -> list[str]:

@@ -14,8 +14,8 @@ from uld_jax.evaluation.scores import METRICS
 _CURVES = (
     ("total", "total loss", "#222222", "solid"),
     ("cross_entropy", "cross-entropy", "#0072b2", "dashed"),
-    ("uld", "ULD distance", "#d55e00", "solid"),
 )
+_DISTANCE = ("#d55e00", "solid")
 _DOTS_PER_INCH = 150
 _FEW_POINTS = 40
 
@@ -70,12 +70,16 @@ def sample_table(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def plot_losses(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw total loss, cross-entropy and ULD against the step, as a PNG 1200 pixels wide.
+def plot_losses(
+    metrics: Sequence[Mapping[str, float]], path: Path, *, distance: str = "uld"
+) -> None:
+    """Draw total loss, cross-entropy and distance against the step, as a PNG 1200 pixels wide.
 
     Args:
-        metrics: lines of metrics; those with the keys step, total, cross_entropy and uld count.
+        metrics: lines of metrics; those with the keys step, total, cross_entropy and `distance`
+            count.
         path: where to write.
+        distance: the key of the distance from the teacher.
 
     Raises:
         ValueError: no line has these keys.
@@ -90,14 +94,15 @@ def plot_losses(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    keys = {"step", *(key for key, *_ in _CURVES)}
+    curves = (*_CURVES, (distance, f"{distance.upper()} distance", *_DISTANCE))
+    keys = {"step", *(key for key, *_ in curves)}
     lines = [line for line in metrics if line.keys() >= keys]
     if not lines:
         raise ValueError(f"expected lines of metrics with {', '.join(sorted(keys))}, got none")
     steps = [line["step"] for line in lines]
     figure = Figure(figsize=(1200 / _DOTS_PER_INCH, 720 / _DOTS_PER_INCH), layout="constrained")
     axes = figure.add_subplot()
-    for key, label, colour, style in _CURVES:
+    for key, label, colour, style in curves:
         marker = "o" if len(lines) <= _FEW_POINTS else ""
         values = [line[key] for line in lines]
         axes.plot(steps, values, label=label, color=colour, ls=style, lw=1.6, marker=marker, ms=3)

@@ -1,6 +1,7 @@
 """Distillation losses: pure functions over arrays, no framework and no configuration."""
 
 from uld_jax.losses.aligned import hybrid_loss, merge_probabilities, span_aligned_uld
+from uld_jax.losses.comparisons import Comparison, Divergence, Hybrid, Transport, Uld
 from uld_jax.losses.conventions import DistillationLoss, distillation_loss
 from uld_jax.losses.cross_entropy import cross_entropy
 from uld_jax.losses.divergences import (
@@ -33,11 +34,16 @@ from uld_jax.types import LossOut
 
 __all__ = [
     "DIVERGENCES",
+    "Comparison",
     "DistillationLoss",
+    "Divergence",
     "FusedLoss",
     "HeadTeacher",
+    "Hybrid",
     "LossOut",
     "SortedTeacher",
+    "Transport",
+    "Uld",
     "attention_loss",
     "cross_entropy",
     "distillation_loss",

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from uld_jax.losses.sorting import sorted_l1
 
-__all__ = ["MERGES", "hybrid_loss", "merge_probabilities", "span_aligned_uld"]
+__all__ = ["MERGES", "hybrid_distance", "hybrid_loss", "merge_probabilities", "span_aligned_uld"]
 
 
 def merge_probabilities(
@@ -214,6 +214,59 @@ def hybrid_loss(
     Reference:
         The GOLD trainer of TRL; Agarwal et al., arXiv 2306.13649, for the divergence.
     """
+    student, teacher = _merged_pair(
+        _Side(student_logits, student_ids, student_groups, student_temperature),
+        _Side(teacher_logits, teacher_ids, teacher_groups, teacher_temperature),
+        merge,
+    )
+    if matched_weight is None:
+        # Not of the width that "chain" adds to.
+        matched_weight = student_matched.size / max(1, teacher_logits.shape[-1])
+    return hybrid_distance(
+        student,
+        teacher,
+        student_matched,
+        teacher_matched,
+        beta=beta,
+        matched_weight=matched_weight,
+        unmatched_weight=unmatched_weight,
+    )
+
+
+def hybrid_distance(
+    student_probs: jax.Array,
+    teacher_probs: jax.Array,
+    student_matched: jax.Array,
+    teacher_matched: jax.Array,
+    *,
+    beta: float = 0.5,
+    matched_weight: float | jax.Array | None = None,
+    unmatched_weight: float | jax.Array | None = None,
+) -> jax.Array:
+    """`hybrid_loss` of probabilities, for positions that are aligned already.
+
+    Args:
+        student_probs: [*b, V], not negative.
+        teacher_probs: [*b, U], likewise. No gradient may be asked of them.
+        student_matched: i32[M], student ids without repetition.
+        teacher_matched: i32[M], the teacher's id of the same text.
+        beta: see `hybrid_loss`, as are the arguments below.
+        matched_weight: of the divergence; None is M / U.
+        unmatched_weight: of the sorted L1.
+
+    Returns:
+        [*b].
+
+    Raises:
+        ValueError: for a beta outside [0, 1], or ids of different shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from uld_jax.losses.aligned import hybrid_distance
+        >>> student, teacher = jnp.array([0.5, 0.25, 0.25]), jnp.array([0.5, 0.5])
+        >>> float(hybrid_distance(student, teacher, jnp.array([0]), jnp.array([1])))
+        0.25
+    """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     if student_matched.shape != teacher_matched.shape or student_matched.ndim != 1:
@@ -221,19 +274,16 @@ def hybrid_loss(
             f"student_matched and teacher_matched: expected one shape [M], "
             f"got {student_matched.shape} and {teacher_matched.shape}"
         )
-    student, teacher = _merged_pair(
-        _Side(student_logits, student_ids, student_groups, student_temperature),
-        _Side(teacher_logits, teacher_ids, teacher_groups, teacher_temperature),
-        merge,
-    )
     if matched_weight is None:
-        matched_weight = student_matched.size / max(1, teacher_logits.shape[-1])
+        matched_weight = student_matched.size / max(1, teacher_probs.shape[-1])
     if unmatched_weight is None:
         unmatched_weight = 1 - matched_weight
-    matched = _divergence(student[..., student_matched], teacher[..., teacher_matched], beta)
+    matched = _divergence(
+        student_probs[..., student_matched], teacher_probs[..., teacher_matched], beta
+    )
     # Zeros sort last and compare with padding, so that no entry need be taken out.
-    student_rest = student.at[..., student_matched].set(0)
-    teacher_rest = teacher.at[..., teacher_matched].set(0)
+    student_rest = student_probs.at[..., student_matched].set(0)
+    teacher_rest = teacher_probs.at[..., teacher_matched].set(0)
     return matched_weight * matched + unmatched_weight * sorted_l1(student_rest, teacher_rest)
 
 

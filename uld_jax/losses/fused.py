@@ -14,8 +14,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from uld_jax.losses.chunked import Chunks, chunked_head_loss
+from uld_jax.losses.comparisons import Divergence
 from uld_jax.losses.cross_entropy import cross_entropy
-from uld_jax.losses.divergences import DIVERGENCES, check_divergence
+from uld_jax.losses.divergences import check_divergence
 from uld_jax.losses.teachers import (
     Head,
     HeadTeacher,
@@ -310,35 +311,30 @@ def fused_divergence_cross_entropy(
         0.1201
     """
     check_divergence(divergence, divergence_options)
-    check_shape("teacher_hidden", teacher_hidden, (*targets.shape, teacher_head.shape[-1]))
     check_shape("divergence_weights", divergence_weights, targets.shape)
-    dtype = product_dtype(compute_dtype, teacher_hidden, teacher_head)
-    compare = _Divergence(Head(teacher_softcap, teacher_vocab, None), dtype, divergence)
-    options = {"teacher_temperature": teacher_temperature, **(divergence_options or {})}
-    return _fused(
-        _Objective(Head(student_softcap, student_vocab, None), (compare,)),
-        (student_hidden, student_head),
-        (targets, ce_weights, ((divergence_weights, teacher_hidden),)),
-        (label_smoothing, z_loss, student_temperature, ((teacher_head, options),)),
-        chunk_size,
-        compute_dtype,
+    teacher = HeadTeacher(
+        teacher_hidden,
+        teacher_head,
+        divergence_weights,
+        teacher_temperature,
+        teacher_softcap,
+        teacher_vocab,
+        Divergence(divergence, options=dict(divergence_options or {})),
     )
-
-
-@dataclass(frozen=True)
-class _Divergence:
-    teacher: Head
-    dtype: jnp.dtype
-    name: str
-
-    def __call__(
-        self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple, student_temp: ArrayLike
-    ) -> jax.Array:
-        head_UE, options = constants
-        teacher_CU = self.teacher.logits(hidden_C, head_UE, self.dtype)
-        return DIVERGENCES[self.name](
-            logits_CV, teacher_CU, student_temperature=student_temp, **options
-        )
+    return fused_teachers_cross_entropy(
+        student_hidden,
+        student_head,
+        [teacher],
+        targets,
+        ce_weights=ce_weights,
+        student_temperature=student_temperature,
+        student_softcap=student_softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk_size=chunk_size,
+        compute_dtype=compute_dtype,
+        student_vocab=student_vocab,
+    )
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,8 @@ def _divide(
             vocab=rows if rows % shards and teacher.vocab is None else teacher.vocab,
         )
         spec = jax.tree.map(lambda _: batch, teacher)
-        return teacher, replace(spec, head=vocab, temperature=PartitionSpec())
+        whole = jax.tree.map(lambda _: PartitionSpec(), teacher.comparison)
+        return teacher, replace(spec, head=vocab, temperature=PartitionSpec(), comparison=whole)
     return teacher, jax.tree.map(lambda _: batch, teacher)
 
 

@@ -12,9 +12,10 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from uld_jax.losses.chunked import product
+from uld_jax.losses.comparisons import Comparison, Uld
 from uld_jax.losses.probabilities import on_whole_rows
 from uld_jax.losses.truncated import truncated_uld
-from uld_jax.losses.uld import distance, resolve_method, uld_to_sorted
+from uld_jax.losses.uld import uld_to_sorted
 
 __all__ = ["Head", "HeadTeacher", "SortedTeacher", "Teacher", "check_shape", "product_dtype"]
 
@@ -89,6 +90,7 @@ class HeadTeacher:
         temperature: divisor of the logits.
         softcap: bound of the logits; None for no bound.
         vocab: rows of the head that are tokens; None for all of them.
+        comparison: what the logits are compared by; None for ULD.
 
     Example:
         >>> HeadTeacher(jnp.zeros((3, 2)), jnp.zeros((8, 2)), jnp.ones(3)).temperature
@@ -101,6 +103,7 @@ class HeadTeacher:
     temperature: ArrayLike = 1.0
     softcap: float | None = _static(default=None)
     vocab: int | None = _static(default=None)
+    comparison: Comparison | None = None
 
     @property
     def positions(self) -> tuple[jax.Array, jax.Array]:
@@ -108,9 +111,9 @@ class HeadTeacher:
         return self.weights, self.hidden
 
     @property
-    def constants(self) -> tuple[jax.Array, ArrayLike]:
+    def constants(self) -> tuple[jax.Array, ArrayLike, Comparison | None]:
         """What it sees whole."""
-        return self.head, self.temperature
+        return self.head, self.temperature, self.comparison
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses arrays that do not fit.
@@ -216,13 +219,11 @@ class _ToHead:
     def __call__(
         self, logits_CV: jax.Array, hidden_C: jax.Array, constants: tuple, student_temp: ArrayLike
     ) -> jax.Array:
-        head_UE, teacher_temp = constants
+        head_UE, teacher_temp, comparison = constants
         teacher_CU = self.teacher.logits(hidden_C, head_UE, self.dtype)
+        compare = comparison or Uld(self.method)
         axis_name = self.teacher.axis_name
-        shards = 1 if axis_name is None else lax.axis_size(axis_name)
-        widths = (shards * x.shape[-1] for x in (logits_CV, teacher_CU))
-        method = resolve_method(self.method, *widths)
-        return distance(logits_CV / student_temp, teacher_CU / teacher_temp, method, axis_name)
+        return compare(logits_CV / student_temp, teacher_CU / teacher_temp, axis_name)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from uld_jax import models
 from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
+from uld_jax.errors import UserError
+from uld_jax.losses import Comparison
 from uld_jax.models import DecoderConfig, EncoderDecoderConfig, Policy
 from uld_jax.sharding import BATCH_AXES, MESH_AXES, mesh_shape, parameter_rules
-from uld_jax.train import Program, TrainState, adapt, make_program, param_shardings
+from uld_jax.train import (
+    Program,
+    TrainState,
+    adapt,
+    make_program,
+    of_ids,
+    param_shardings,
+)
 from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
 
 ModelConfig = DecoderConfig | EncoderDecoderConfig
@@ -107,7 +117,14 @@ def abstract_step(
         for path, group in config.teacher_groups().items()
     ]
     on_mesh: Any = mesh
-    program, params = make_program(student, teachers, config, steps=STEPS, mesh=on_mesh)
+    program, params = make_program(
+        student,
+        teachers,
+        config,
+        steps=STEPS,
+        mesh=on_mesh,
+        comparisons=_compared_by(config, made_of),
+    )
     of_teachers = [
         None if params is None else placed(params, group, on_mesh)
         for params, group in zip(program.teacher_params, config.teachers, strict=True)
@@ -119,6 +136,24 @@ def abstract_step(
         abstract_batch(config, made_of, mesh),
         tuple(placed(own, config.student, on_mesh) for own in program.frozen),
     )
+
+
+def _compared_by(
+    config: RunConfig, made_of: Mapping[str, ModelConfig]
+) -> list[Comparison | None] | None:
+    """As many tokens in common as there can be: no tokenizer is read."""
+    if config.loss.distance == "uld":
+        return None
+    if config.loss.distance == "transport":
+        raise UserError(
+            "loss.distance=transport: it asks for costs while it runs, and cannot be planned"
+        )
+    sizes = {path: model.vocab_size for path, model in made_of.items()}
+    found = []
+    for path in config.teacher_groups():
+        ids = np.arange(min(sizes["student"], sizes[path]))
+        found.append(of_ids(config.loss, ids, ids, sizes[path]))
+    return found
 
 
 def abstract_batch(

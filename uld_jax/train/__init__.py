@@ -1,6 +1,7 @@
 """Training: the pure step, its state on a mesh, the loop, checkpoints and metrics."""
 
 from uld_jax.train.checkpoint import Checkpoints, restore_params
+from uld_jax.train.comparison import make_comparison, of_ids
 from uld_jax.train.loop import fit, to_mesh
 from uld_jax.train.metrics import MEASURED, MetricsWriter, read_metrics
 from uld_jax.train.on_policy import OnPolicy
@@ -23,9 +24,11 @@ __all__ = [
     "fit",
     "gradients",
     "init_state",
+    "make_comparison",
     "make_optimizer",
     "make_program",
     "make_schedule",
+    "of_ids",
     "param_shardings",
     "read_metrics",
     "require_wandb",

@@ -14,6 +14,7 @@ from uld_jax.config import RunConfig
 from uld_jax.data import Loader
 from uld_jax.errors import Preempted, UserError
 from uld_jax.files import AnyPath
+from uld_jax.losses import Comparison
 from uld_jax.models import Decoder
 from uld_jax.sharding import BATCH_AXES
 from uld_jax.teacher import StreamedTeacher
@@ -39,6 +40,7 @@ def fit(
     *,
     mesh: Mesh,
     workdir: AnyPath,
+    comparisons: Sequence[Comparison | None] | None = None,
     on_policy: OnPolicy | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> Decoder:
@@ -52,6 +54,7 @@ def fit(
         config: The run.
         mesh: The student's device mesh.
         workdir: Checkpoints, metrics.jsonl and TensorBoard events go here.
+        comparisons: By which each teacher is compared, see `make_comparison`; None for ULD.
         on_policy: Replaces some of each batch's answers by the student's own; None for none, as it
             must be where a teacher streams, which reads batches ahead.
         progress: Called with the step, the number of steps and the step's metrics.
@@ -70,7 +73,9 @@ def fit(
     if on_policy is not None and any(streams):
         raise ValueError("on_policy: expected None where a teacher streams")
     here = [None if isinstance(teacher, StreamedTeacher) else teacher for teacher in teachers]
-    program, params = make_program(student, here, config, steps=steps, mesh=mesh)
+    program, params = make_program(
+        student, here, config, steps=steps, mesh=mesh, comparisons=comparisons
+    )
     iterator = loader.iterator()
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         state = _start(checkpoints, iterator, program, params)

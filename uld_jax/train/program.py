@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from uld_jax.config import RunConfig
+from uld_jax.losses import Comparison
 from uld_jax.models import Decoder, add_adapters, split_trained
 from uld_jax.sharding import parameter_rules
 from uld_jax.train.cost import StepFlops, step_flops
@@ -90,6 +91,7 @@ def make_program(
     *,
     steps: int,
     mesh: Mesh,
+    comparisons: Sequence[Comparison | None] | None = None,
 ) -> tuple[Program, nnx.State]:
     """Puts a run's train step together; nothing is compiled yet.
 
@@ -99,6 +101,10 @@ def make_program(
         config: The run.
         steps: How many it has.
         mesh: The student's device mesh.
+        comparisons: By which each teacher is compared, see `make_comparison`; None for ULD.
+
+    Raises:
+        ValueError: No comparisons where `loss.distance` is another.
 
     Returns:
         The program, and the parameters to begin with, which its first state takes over.
@@ -113,10 +119,19 @@ def make_program(
         0
     """
     graph, params, frozen = split_trained(student)
+    if comparisons is None:
+        if config.loss.distance != "uld":
+            raise ValueError(
+                f"comparisons: expected one a teacher where loss.distance is "
+                f"{config.loss.distance}, got None; see make_comparison"
+            )
+        comparisons = [None] * len(teachers)
     split = [(None, None) if teacher is None else nnx.split(teacher) for teacher in teachers]
     fixed = [
-        StepTeacher(graph, share)
-        for (graph, _), share in zip(split, config.teacher_shares, strict=True)
+        StepTeacher(graph, share, comparison)
+        for (graph, _), share, comparison in zip(
+            split, config.teacher_shares, comparisons, strict=True
+        )
     ]
     tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
     fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from uld_jax.config import LossConfig
 from uld_jax.losses import (
+    Comparison,
     FusedLoss,
     HeadTeacher,
     SortedTeacher,
@@ -33,6 +34,7 @@ class StepTeacher:
     Attributes:
         graph: Its graph, or None where batches carry its signal.
         share: Of `loss.uld_weight`.
+        comparison: What its logits and the student's are compared by; None for ULD.
 
     Example:
         >>> StepTeacher(None).share
@@ -41,6 +43,7 @@ class StepTeacher:
 
     graph: nnx.GraphDef[Decoder] | None
     share: float = 1.0
+    comparison: Comparison | None = None
 
 
 def train_step(
@@ -109,9 +112,10 @@ def gradients(
     Returns:
         A gradient for each parameter, and scalars: total, cross_entropy, uld (the mean by share
         over teachers), ce_positions, uld_positions, student_tokens and teacher_tokens (that are
-        read, without padding); of several teachers uld_0, uld_1, …; where there are signals
-        uld_error, the most by which uld can differ from that of the whole distributions, and
-        signal_bytes, of an aligned position as it lies on the devices, padding included.
+        read, without padding), where uld is called as `loss.distance` is; of several teachers
+        uld_0, uld_1, …; where there are signals uld_error, the most by which uld can differ from
+        that of the whole distributions, and signal_bytes, of an aligned position as it lies on the
+        devices, padding included.
     """
     ce_count = batch.ce_weight.sum()
     counts = [jnp.maximum(t.uld_weight.sum(), 1e-9) for t in batch.teachers]
@@ -136,7 +140,7 @@ def gradients(
     metrics = {
         "total": ce_sum + uld_sums.sum(),
         "cross_entropy": ce_sum / (loss.ce_weight or 1.0),
-        "uld": distances.sum(),
+        loss.distance: distances.sum(),
         "ce_positions": ce_count,
         "uld_positions": jnp.stack([(t.uld_weight > 0).sum() for t in batch.teachers]).sum(),
         "student_tokens": _tokens(batch.student_inputs),
@@ -145,7 +149,7 @@ def gradients(
             start=jnp.zeros((), jnp.int32),
         ),
     }
-    return grads, metrics | _of_teachers(batch, teachers, counts, distances)
+    return grads, metrics | _of_teachers(batch, teachers, counts, distances, loss.distance)
 
 
 def _tokens(inputs: Mapping[str, jax.Array]) -> jax.Array:
@@ -159,12 +163,13 @@ def _of_teachers(
     teachers: Sequence[StepTeacher],
     counts: Sequence[jax.Array],
     distances: jax.Array,
+    name: str,
 ) -> Metrics:
     """What there is to say of single teachers, and of signals instead of teachers."""
     metrics = {}
     if len(teachers) > 1:
         for number, teacher in enumerate(teachers):
-            metrics[f"uld_{number}"] = distances[number] / teacher.share
+            metrics[f"{name}_{number}"] = distances[number] / teacher.share
     signals = [
         (teacher.share, given, count)
         for teacher, given, count in zip(teachers, batch.teachers, counts, strict=True)
@@ -217,12 +222,13 @@ def _micro_loss(
     student_BTD = s.hidden(**b.student_inputs)
     mesh = jax.sharding.get_abstract_mesh()
     fused = fused_teachers_cross_entropy
-    if not mesh.empty:
+    # (The solver of transport cannot be mapped over devices.)
+    if not mesh.empty and mesh.size > 1:
         fused = functools.partial(
             sharded_uld_cross_entropy, mesh=mesh, batch_axes=RULES["rows"], embed_axis=EMBED_AXIS
         )
     compared = [
-        _compared(teacher.graph, params, given, scale, config.teacher_temperature)
+        _compared(teacher, params, given, scale, config.teacher_temperature)
         for teacher, params, given, scale in zip(
             teachers, teacher_params, b.teachers, scales[1], strict=True
         )
@@ -245,7 +251,7 @@ def _micro_loss(
 
 
 def _compared(
-    graph: nnx.GraphDef[Decoder] | None,
+    teacher: StepTeacher,
     params: nnx.State | None,
     given: TeacherTokens | TeacherSignal,
     scale: jax.Array,
@@ -256,17 +262,18 @@ def _compared(
     if isinstance(given, TeacherSignal):
         probs, tail_mass = map(spread_positions, (given.signal.probs, given.signal.tail_mass))
         return SortedTeacher(probs, weights, tail_mass)
-    if graph is None or params is None:
+    if teacher.graph is None or params is None:
         raise ValueError(
             "teachers: expected a model for a teacher that is to read tokens, got None"
         )
-    t = nnx.merge(graph, params)
+    t = nnx.merge(teacher.graph, params)
     return HeadTeacher(
         spread_positions(take_positions(t.hidden(**given.inputs), given.index)),
         t.head_VD,
         weights,
         temperature=temperature,
         softcap=t.config.logit_softcap or None,
+        comparison=teacher.comparison,
     )
 
 
