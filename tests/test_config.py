@@ -314,8 +314,18 @@ def test_wrong_type_from_a_config_file_is_reported_and_not_compared():
         (
             {"loss.distance": "kl", "teacher.mode": "stream", "teacher.devices": 4},
             8,
-            "teacher.mode: expected online where loss.distance is kl, for a teacher that is cached "
-            "or streams gives sorted probabilities, whose tokens are not known, got 'stream'; set",
+            "teacher.mode: expected online or cache where loss.distance is kl, for which sorted "
+            "probabilities are not enough, got 'stream'; set",
+        ),
+        (
+            {"loss.distance": "hybrid", "teacher.mode": "cache", "teacher.cache": "signals"},
+            8,
+            "teacher.mode: expected online where loss.distance is hybrid, for which",
+        ),
+        (
+            {"loss.distance": "kl", "teacher.mode": "cache", "teacher.cache": "signals"},
+            8,
+            "teacher.cache_ids: expected at least 1 where loss.distance is kl",
         ),
         (
             {"loss.distance": "transport"},

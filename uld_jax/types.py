@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Batch", "LossOut", "SortedSignal", "TeacherSignal", "TeacherTokens"]
+__all__ = ["Batch", "LossOut", "SortedSignal", "TeacherSignal", "TeacherTokens", "TokenSignal"]
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +80,24 @@ class SortedSignal:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class TokenSignal:
+    """A teacher's likeliest tokens at each position.
+
+    Attributes:
+        ids: i32[*b, J], of the teacher's vocabulary.
+        log_probs: f32[*b, J], of the whole distribution; −inf on padding.
+
+    Example:
+        >>> TokenSignal(jnp.zeros((3, 2), int), jnp.zeros((3, 2))).ids.shape
+        (3, 2)
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TeacherTokens:
     """One teacher's part of a batch, where it is to read it.
 
@@ -133,7 +151,7 @@ class TeacherSignal:
     """
 
     uld_weight: jax.Array
-    signal: SortedSignal
+    signal: SortedSignal | TokenSignal
 
 
 @jax.tree_util.register_dataclass

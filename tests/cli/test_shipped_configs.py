@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SHIPPED = [
     "quickstart.py",
     "paper/runs.py:mistral,opt-350m,squad",
     "pods/runs.py:llama",
+    "experiments/runs.py:distance,hybrid",
 ]
 SLOW = [
     "paper/runs.py:llama,mt0-base,pubmedqa",
@@ -29,6 +31,8 @@ SLOW = [
     "paper/runs.py:mistral,bloomz-560m,fairytaleqa",
     "paper/runs.py:llama,pythia-160m,dialogsum",
     "pods/runs.py:qwen_to_gemma",
+    "experiments/runs.py:distance,kl",
+    "experiments/runs.py:calibration,2",
 ]
 # Published shots of SQuAD, QED, FairytaleQA, PubMedQA and DIALOGSum.
 SHOTS = {"llama": (1, 5, 2, 3, 3), "mistral": (3, 5, 4, 3, 2)}
@@ -94,7 +98,7 @@ def test_a_shipped_config_takes_two_steps(tiny, published, student_of, uld, tmp_
     given = configs.load(f"{CONFIGS / name}")
     argument = name.partition(":")[2]
     small = {
-        "student.source": student_of(argument.partition(",")[2]),
+        "student.source": student_of(argument.split(",")[1] if name.startswith("paper/") else ""),
         "teacher.source": tiny.root / "teacher",
         "data.source": f"jsonl:{tiny.root / 'qa.jsonl'}",
         "data.data_dir": tiny.root / "tfds",
@@ -125,6 +129,45 @@ def test_a_shipped_config_takes_two_steps(tiny, published, student_of, uld, tmp_
     assert (workdir / "student" / "model.safetensors").is_file()
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["teacher"]["shots"] == given.teacher.shots
+
+
+@pytest.mark.slow
+def test_transport_takes_two_steps_on_one_device(tiny, pod, tmp_path):
+    pytest.importorskip("ott", reason="transport needs the extra 'ot'")
+    config = f"--config={CONFIGS}/experiments/runs.py:distance,transport"
+    small = {
+        "student.source": tiny.student,
+        "teacher.source": tiny.root / "teacher",
+        "data.source": f"jsonl:{tiny.root / 'qa.jsonl'}",
+        "data.data_dir": tiny.root / "tfds",
+        "teacher.max_new_tokens": 4,
+        "train.max_steps": 2,
+    }
+    flags = [f"--config.{path}={value}" for path, value in small.items()]
+    command = [sys.executable, "-m", "uld_jax.cli.main", "train", config, *flags]
+    run = pod.popen(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        log=tmp_path / "log",
+        env=pod.environment(XLA_FLAGS=""),
+    )
+    assert run.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["step"] == 2
+    assert 0 < rows[-1]["transport"] < 1
+
+
+def test_every_experiment_resolves_and_changes_what_it_says():
+    experiments = runpy.run_path(str(CONFIGS / "experiments" / "runs.py"))["EXPERIMENTS"]
+    plain = configs.flatten(configs.load(f"{CONFIGS}/experiments/runs.py:weight,1.5"))
+    for name, values in experiments.items():
+        for value, changes in values.items():
+            config = configs.load(f"{CONFIGS}/experiments/runs.py:{name},{value}")
+            assert configs.resolve(config, device_count=1) is config
+            found = configs.flatten(config)
+            changed = {path for path in found if found[path] != plain[path]}
+            assert changed <= {f"{group}.{field}" for group in changes for field in changes[group]}
+    with pytest.raises(UserError, match=r"NAME,VALUE, of share,25\|50\|75\|100; .*got 'share,10'"):
+        configs.load(f"{CONFIGS}/experiments/runs.py:share,10")
 
 
 def test_the_papers_runs_resolve_with_the_papers_settings():

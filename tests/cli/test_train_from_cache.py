@@ -1,6 +1,7 @@
 """Training from stored signals: no teacher in memory, the same run as with it, within the bound."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -169,3 +170,31 @@ def test_bench_compares_steps_with_and_without_the_teacher(runs, uld, tmp_path):
     assert "teacher.mode: expected cache, got 'online'" in refused.err
     many = uld("bench", "cache", *flags, *from_cache(cache), "--batches=99")
     assert "--batches: expected at most the run's 4 steps, got 99" in many.err
+
+
+@pytest.mark.slow
+def test_a_divergence_from_stored_tokens_is_that_from_the_teacher(tiny, uld, tmp_path):
+    """Of all tokens, which are stored in half precision."""
+    flags = (tiny.config, "--config.data.answers=gold", "--config.loss.distance=jsd")
+    flags = (*flags, "--config.train.max_steps=1", "--config.data.eval_examples=1")
+    ids = "--config.teacher.cache_ids=512"  # of 500
+    assert uld("cache", *flags, ids, f"--output={tmp_path / 'cache'}").status == 0
+    found = []
+    for name, more in (("online", ()), ("cached", (ids, *from_cache(tmp_path / "cache")))):
+        result = uld("train", *flags, *more, f"--workdir={tmp_path / name}")
+        assert result.status == 0, result.err
+        assert re.search(r"jsd: \d+ tokens are in both vocabularies", result.out)
+        found.append(rows_of(tmp_path / name)[0])
+    online, cached = found
+    assert cached["jsd"] == pytest.approx(online["jsd"], rel=2e-3)
+    assert 0.01 < cached["jsd"] < 0.7
+    assert "uld_error" not in cached
+
+
+def test_a_cache_without_tokens_is_refused_where_they_are_needed(runs, uld, tmp_path):
+    flags, cache, *_ = runs
+    more = ("--config.loss.distance=kl", "--config.teacher.cache_ids=8", *from_cache(cache))
+    result = uld("train", *flags, *more, f"--workdir={tmp_path / 'run'}")
+    assert result.status == 2
+    assert "this teacher cache keeps no tokens by id, which loss.distance=kl is about" in result.err
+    assert not (tmp_path / "run").exists()

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -196,6 +197,12 @@ def test_a_teacher_may_be_an_encoder_decoder():
     assert "student_encoder_tokens" not in batch
 
 
+def with_tokens(signal):
+    """Two tokens a position, kept in half precision."""
+    ids = np.arange(2 * len(signal), dtype=np.int32).reshape(-1, 2)
+    return dataclasses.replace(signal, ids=ids, log_probs=np.float32(-0.5 - ids))
+
+
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
     """Signals of two teachers' answers, of 2 and of 3 positions, in real caches."""
@@ -210,6 +217,8 @@ def caches(tmp_path_factory):
             id_: truncate_signal(probs[:n], nothing[:n], nothing[:n], epsilon=0.05, cap=8)
             for id_, n in lengths.items()
         }
+        if name == "first":
+            signals = {id_: with_tokens(signal) for id_, signal in signals.items()}
         writer.write_shard(0, [*signals.items()])
         writer.finish()
         stores.append(SignalStore(directory))
@@ -253,6 +262,19 @@ def test_signals_stand_where_the_teachers_positions_would(caches):
             assert signal["error"][0, 0, start + n] == stored.error[n] > 0
     for array in signal.values():
         assert not array[0, 0, [2, 5]].any()
+    (by_token, _) = collate(
+        [*pairs, None],
+        teacher_lengths=(0, 8),
+        signals=(caches[0], None),
+        token_signals=True,
+        **options,
+    )["teachers"]
+    known, log_probs = (by_token["signal"][name][0, 0] for name in ("ids", "log_probs"))
+    assert sorted(by_token["signal"]) == ["ids", "log_probs"]
+    assert known.tolist() == [[0, 1], [2, 3], [0, 0], [0, 1], [2, 3], [0, 0]]
+    np.testing.assert_array_equal(log_probs[[0, 1, 3, 4]], -0.5 - known[[0, 1, 3, 4]])
+    assert np.isneginf(log_probs[[2, 5]]).all()
+    assert [store.id_count for store in caches] == [2, 0]
     with pytest.raises(UserError, match="example '0' has 3 answer positions, expected 2: it was"):
         collate(pairs, teacher_lengths=(0, 0), signals=(caches[1], caches[1]), **options)
 

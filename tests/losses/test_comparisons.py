@@ -13,6 +13,7 @@ from uld_jax.losses import (
     Divergence,
     HeadTeacher,
     Hybrid,
+    TokenTeacher,
     Transport,
     Uld,
     cross_entropy,
@@ -29,7 +30,7 @@ STUDENT_IDS, TEACHER_IDS = RNG.permutation(V)[:9], RNG.permutation(U)[:9]
 LOGITS = [jnp.asarray(RNG.normal(0, 2, (3, width)), jnp.float32) for width in (V, U)]
 COMPARISONS = {
     "kl": Divergence("kl", STUDENT_IDS, TEACHER_IDS),
-    "jsd": Divergence("jsd", STUDENT_IDS, TEACHER_IDS, {"beta": 0.3}),
+    "jsd": Divergence("jsd", STUDENT_IDS, TEACHER_IDS, {"beta": 0.3}, others=True),
     "hybrid": Hybrid(STUDENT_IDS, TEACHER_IDS, matched_weight=0.6, beta=0.3),
 }
 FUSED = ("jsd", "hybrid")
@@ -49,6 +50,30 @@ def test_kl_is_between_the_conditional_distributions_over_matched_tokens():
     np.testing.assert_allclose(
         COMPARISONS["kl"](*LOGITS), (p * np.log(p / q)).sum(-1), rtol=1e-5, atol=1e-6
     )
+
+
+def test_all_other_tokens_count_as_one_more():
+    sides = zip(map(softmax64, LOGITS), (STUDENT_IDS, TEACHER_IDS), strict=True)
+    q, p = (np.append(x[:, ids], 1 - x[:, ids].sum(-1, keepdims=True), -1) for x, ids in sides)
+    compare = Divergence("kl", STUDENT_IDS, TEACHER_IDS, others=True)
+    expected = (p * np.log(p / q)).sum(-1)
+    np.testing.assert_allclose(compare(*LOGITS), expected, rtol=1e-5)
+    # The same from the teacher's tokens, were all known; fewer can only tell less apart.
+    log_p = jax.nn.log_softmax(LOGITS[1])
+    order = jnp.argsort(-log_p)
+    ours = jnp.full(U, -1).at[TEACHER_IDS].set(STUDENT_IDS)[order]
+    known = ours, jnp.take_along_axis(log_p, order, axis=-1)
+    # Padding names a token that is there already.
+    known = [
+        jnp.pad(x, ((0, 0), (0, 1)), constant_values=value)
+        for x, value in zip(known, (2, -jnp.inf), strict=True)
+    ]
+    np.testing.assert_allclose(compare.to_tokens(LOGITS[0], *known), expected, rtol=1e-4)
+    alone = COMPARISONS["kl"]
+    np.testing.assert_allclose(alone.to_tokens(LOGITS[0], *known), alone(*LOGITS), rtol=1e-4)
+    few = compare.to_tokens(LOGITS[0], *(x[:, :3] for x in known))
+    assert (few <= expected + 1e-6).all()
+    assert (few > 0.1 * expected).all()
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -170,3 +195,33 @@ def test_an_unknown_divergence_is_refused():
         Divergence("kl", options={"beta": 0.5})(*LOGITS)
     with pytest.raises(ValueError, match="student_ids: expected those to compare"):
         Divergence("kl")(*LOGITS, axis_name="tensor")
+
+
+@pytest.mark.parametrize("shape", [None, (2, 4)], ids=["one device", "sharded"])
+def test_a_teacher_by_its_tokens_equals_its_divergence(shape, arrays):
+    compare = Divergence("jsd")
+    rng = np.random.default_rng(2)
+    ids = jnp.asarray([[rng.permutation(V)[:6] for _ in range(5)] for _ in range(4)])
+    ids = ids.at[..., 5].set(-1)
+    log_probs = jnp.log(jnp.asarray(rng.dirichlet(np.ones(7), (4, 5))[..., :6], jnp.float32))
+    fused = fused_teachers_cross_entropy
+    if shape is not None:
+        mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        fused = partial(sharded_uld_cross_entropy, mesh=mesh, batch_axes="data")
+
+    @jax.jit
+    def compute(student):
+        teacher = TokenTeacher(ids, log_probs, arrays["weights"], compare)
+        options = {"targets": arrays["targets"], "ce_weights": jnp.zeros((4, 5)), "chunk_size": 2}
+        loss = jax.value_and_grad(lambda s: fused(**s, teachers=[teacher], **options).total)
+
+        def whole(s):
+            logits = s["student_hidden"] @ s["student_head"].T
+            return (arrays["weights"] * compare.to_tokens(logits, ids, log_probs)).sum()
+
+        return loss(student), jax.value_and_grad(whole)(student)
+
+    (value, grads), (expected, expected_grads) = compute(students(arrays))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected_grads[name], rtol=1e-4, atol=1e-5)

@@ -22,7 +22,12 @@ SLICES = {
     "pods/runs.py:llama": "v5e:16x16",
     "pods/runs.py:qwen_to_gemma": "v5e:16x16",
 }
-SMALL = ("quickstart.py", "paper/runs.py:llama,pythia-1b,squad", "pods/runs.py:llama")
+SMALL = (
+    "quickstart.py",
+    "paper/runs.py:llama,pythia-1b,squad",
+    "pods/runs.py:llama",
+    "experiments/runs.py:distance,hybrid",
+)
 
 
 def last_name(group):

@@ -10,6 +10,7 @@ from uld_jax.cli import compose
 from uld_jax.cli.compose import say
 from uld_jax.config import RunConfig
 from uld_jax.data import Example, Side, SignalStore
+from uld_jax.errors import UserError
 from uld_jax.losses import Comparison
 from uld_jax.teacher import StreamedTeacher, StreamOptions
 from uld_jax.teacher.provenance import open_cache, provenance, read_answers, teacher_texts
@@ -92,7 +93,14 @@ def open_signals(
         texts = teacher_texts(examples, answers, side, pool=pool, seed=config.data.seed)
         own = dataclasses.replace(config, teacher=each)
         expected = provenance(own, teacher, side, examples, answers, texts)
-        stores.append(open_cache(each.cache, expected))
+        store = open_cache(each.cache, expected)
+        if config.loss.distance != "uld" and not store.id_count:
+            raise UserError(
+                f"{each.cache}: this teacher cache keeps no tokens by id, which loss.distance="
+                f"{config.loss.distance} is about: run `uld-jax cache "
+                "--config.teacher.cache_ids=64` into another directory"
+            )
+        stores.append(store)
     return stores
 
 

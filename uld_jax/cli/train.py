@@ -273,6 +273,7 @@ def loader_of(job: Job, answers: Mapping[str, str]) -> Loader:
         process_count=jax.process_count(),
         answer_room=on_policy.answer_room if (on_policy := _on_policy(job)) else 0,
         signals=signals,
+        token_signals=config.loss.distance != "uld",
         convention=config.loss.convention,
         skip_student_eos=config.loss.skip_student_eos,
         skip_teacher_eos=config.loss.skip_teacher_eos,

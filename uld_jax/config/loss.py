@@ -17,8 +17,9 @@ class LossConfig:
         uld_weight: the paper's lambda, of whichever distance; 0 = text distillation alone.
         ce_weight: of the cross-entropy.
         distance: from the teacher: uld | over the tokens that both vocabularies have, kl,
-            reverse_kl, skewed_kl, skewed_reverse_kl, jsd or tvd | hybrid (jsd on these, sorted L1
-            on the rest) | transport (an exchange costs the edit distance of the tokens' texts).
+            reverse_kl, skewed_kl, skewed_reverse_kl, jsd or tvd (all others are one more token) |
+            hybrid (jsd on these, sorted L1 on the rest) | transport (an exchange costs the edit
+            distance of the tokens' texts).
         beta: the teacher's share of the mixture in jsd and hybrid.
         alpha: share of the other side that the skewed divergences mix in.
         transport_top_k: likeliest tokens of each side that transport tells apart.

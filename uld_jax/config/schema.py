@@ -74,7 +74,8 @@ class TeacherConfig(BaseModelConfig):
         cache_epsilon: of each distribution a cache leaves out probabilities of this sum at most;
             its error in ULD is at most 1.5 times as much.
         cache_cap: probabilities of a position; one that needs more has a larger error.
-        cache_ids: likeliest tokens of a position kept by id, for a loss that needs them.
+        cache_ids: likeliest tokens of a position kept by id, which loss.distance needs where it
+            is a divergence; all others then count as one.
         cache_shard_size: examples a file; a kill loses the work on one.
         server: address of a server that runs it, such as http://host:8000/v1, for `uld-jax cache`;
             empty = it runs here.

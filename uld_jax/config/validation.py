@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from uld_jax.config import streaming
 from uld_jax.config.convert import flatten, raise_all
 from uld_jax.config.fields import value_error
+from uld_jax.config.loss import DIVERGENCES, LossConfig
 from uld_jax.config.schema import GenerateConfig, MeshConfig, RunConfig, TeacherConfig
 
 
@@ -35,11 +36,8 @@ got ''; set --config.student.source=..."
         return not any(path.startswith(prefixes) for path in wrong)
 
     errors = list(wrong.values())
-    if sound("loss.") and config.loss.uld_weight == config.loss.ce_weight == 0:
-        errors.append(
-            "loss: expected uld_weight or ce_weight > 0, got 0 for both; "
-            "set --config.loss.uld_weight=1.5"
-        )
+    if sound("loss."):
+        errors += _loss_errors(config.loss, device_count)
     if sound("student.lora_") and config.student.lora_targets and not config.student.lora_rank:
         errors.append(
             "student.lora_targets: expected nothing where student.lora_rank is 0 (train all "
@@ -68,12 +66,6 @@ got ''; set --config.student.source=..."
         if device_count is not None:
             taken = process_count * sum(streaming.streaming_devices(config).values())
             device_count = device_count - taken if taken < device_count else None
-    if config.loss.distance == "transport" and (device_count or 1) > 1:
-        errors.append(
-            f"loss.distance: expected another than transport on {device_count} devices, which its "
-            "solver cannot be spread over; show the run one (JAX_VISIBLE_DEVICES, "
-            "CUDA_VISIBLE_DEVICES, or JAX_NUM_CPU_DEVICES=1)"
-        )
     if process_count > 1 and config.train.on_policy_fraction:
         errors.append(
             "train.on_policy_fraction: expected 0 with several processes, each of which knows only "
@@ -120,6 +112,22 @@ def resolve(
     return config
 
 
+def _loss_errors(loss: LossConfig, device_count: int | None) -> list[str]:
+    errors = []
+    if loss.uld_weight == loss.ce_weight == 0:
+        errors.append(
+            "loss: expected uld_weight or ce_weight > 0, got 0 for both; "
+            "set --config.loss.uld_weight=1.5"
+        )
+    if loss.distance == "transport" and (device_count or 1) > 1:
+        errors.append(
+            f"loss.distance: expected another than transport on {device_count} devices, which its "
+            "solver cannot be spread over; show the run one (JAX_NUM_CPU_DEVICES=1, "
+            "CUDA_VISIBLE_DEVICES=0, TPU_VISIBLE_DEVICES=0)"
+        )
+    return errors
+
+
 def _cache_errors(name: str, teacher: TeacherConfig, on_policy_fraction: float) -> list[str]:
     errors = []
     if teacher.mode == "cache" and not teacher.cache:
@@ -141,11 +149,17 @@ def _cache_errors(name: str, teacher: TeacherConfig, on_policy_fraction: float) 
 
 
 def _distance_errors(name: str, teacher: TeacherConfig, distance: str) -> list[str]:
-    if distance == "uld" or teacher.mode == "online":
+    cached = teacher.mode == "cache" and distance in DIVERGENCES
+    if distance == "uld" or teacher.mode == "online" or (cached and teacher.cache_ids):
         return []
+    if cached:
+        return [
+            f"{name}.cache_ids: expected at least 1 where loss.distance is {distance}, as many as "
+            f"the cache keeps, got 0; set --config.{name}.cache_ids=64"
+        ]
     return [
-        f"{name}.mode: expected online where loss.distance is {distance}, for a teacher that is "
-        f"cached or streams gives sorted probabilities, whose tokens are not known, got "
+        f"{name}.mode: expected {'online or cache' if distance in DIVERGENCES else 'online'} where "
+        f"loss.distance is {distance}, for which sorted probabilities are not enough, got "
         f"{teacher.mode!r}; set --config.{name}.mode=online or --config.loss.distance=uld"
     ]
 

@@ -191,6 +191,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     signals: Sequence[SignalStore | None] = (None,),
+    token_signals: bool = False,
     convention: str = "token_mean",
     skip_student_eos: bool = True,
     skip_teacher_eos: bool = False,
@@ -223,6 +224,7 @@ def make_loader(
         process_count: Number of processes.
         signals: For each teacher its cache, or None: a cache is read row by row, and the teacher's
             tokens are left out of the batches.
+        token_signals: Take from caches tokens by id, not sorted probabilities.
         convention: See `pack.collate`, as are the arguments below.
         skip_student_eos: Leave the student's last answer token out of the alignment.
         skip_teacher_eos: Leave a teacher's last answer token out of the alignment.
@@ -256,6 +258,7 @@ def make_loader(
     )
     options = {
         "signals": signals,
+        "token_signals": token_signals,
         "convention": convention,
         "skip_student_eos": skip_student_eos,
         "skip_teacher_eos": skip_teacher_eos,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uld_jax.data.align import align_spans, positional_pairs
-from uld_jax.data.signal import pad_signals
+from uld_jax.data.signal import Signal, pad_signals
 from uld_jax.data.signal_store import SignalStore
 from uld_jax.data.tokenize import Encoded, Pair
 from uld_jax.errors import UserError
@@ -36,6 +36,7 @@ def collate(
     student_encoder_length: int = 0,
     teacher_encoder_lengths: Sequence[int] = (0,),
     signals: Sequence[SignalStore | None] = (None,),
+    token_signals: bool = False,
 ) -> dict[str, Any]:
     """Lay pairs out as [micro-batch, row, token] and their answers as [micro-batch, group, N].
 
@@ -64,6 +65,7 @@ def collate(
             it has none.
         teacher_encoder_lengths: The teachers'.
         signals: For each teacher its cache, which then takes the place of its tokens, or None.
+        token_signals: Take from caches the tokens that they keep by id, not sorted probabilities.
 
     Returns:
         student_tokens, student_segment_ids: int32 [M, B/M, T]; segment 1 is text, 0 padding.
@@ -77,7 +79,8 @@ def collate(
             `convention`, 0 where nothing is aligned; tokens, segment_ids: int32 [M, B/M, S]; the
             same of the encoder; index: int32 [M, G, N], row·S + s of the aligned hidden state, 0
             where there is none. With a cache instead of the last three signal: probs float32
-            [M, G, N, K], tail_mass and error float32 [M, G, N].
+            [M, G, N, K], tail_mass and error float32 [M, G, N]; or, of tokens, ids int32 and
+            log_probs float32 [M, G, N, J].
 
     Raises:
         ValueError: Rows do not divide into groups, T, S or N is too small, or answers without
@@ -109,7 +112,8 @@ def collate(
         weights = [_weights(each, positions, POSITION_WEIGHT[convention]) for each in aligned]
         teacher = _stack(weights, by_group)
         if store is not None:
-            own = [_signal_positions(each, store, positions) for each in aligned]
+            read = _token_positions if token_signals else _signal_positions
+            own = [read(each, store, positions) for each in aligned]
             teacher["signal"] = _stack(own, by_group)
         else:
             own = [_teacher_positions(each, length, positions) for each in aligned]
@@ -267,14 +271,36 @@ def _signal_positions(
     group = {"probs": np.zeros((positions, store.max_count), np.float32)}
     group |= {name: np.zeros(positions, np.float32) for name in ("tail_mass", "error")}
     for each in aligned:
-        signal, expected = store[each.id], len(each.teacher.answer)
-        if len(signal) != expected:
-            raise UserError(
-                f"teacher cache: example {each.id!r} has {len(signal)} answer positions, expected "
-                f"{expected}: it was made for other answers, run `uld-jax cache` again"
-            )
+        signal = _signal(each, store)
         probs, tail_mass = pad_signals([signal], store.max_count)
         group["probs"][each.positions] = probs[each.theirs]
         group["tail_mass"][each.positions] = tail_mass[each.theirs]
         group["error"][each.positions] = signal.error[each.theirs]
     return group
+
+
+def _token_positions(
+    aligned: Sequence[_Aligned], store: SignalStore, positions: int
+) -> dict[str, np.ndarray]:
+    """The tokens that the cache has by id."""
+    group = {
+        "ids": np.zeros((positions, store.id_count), np.int32),
+        "log_probs": np.full((positions, store.id_count), -np.inf, np.float32),
+    }
+    for each in aligned:
+        signal = _signal(each, store)
+        assert signal.ids is not None
+        assert signal.log_probs is not None
+        group["ids"][each.positions] = signal.ids[each.theirs]
+        group["log_probs"][each.positions] = signal.log_probs[each.theirs]
+    return group
+
+
+def _signal(aligned: _Aligned, store: SignalStore) -> Signal:
+    signal, expected = store[aligned.id], len(aligned.teacher.answer)
+    if len(signal) != expected:
+        raise UserError(
+            f"teacher cache: example {aligned.id!r} has {len(signal)} answer positions, expected "
+            f"{expected}: it was made for other answers, run `uld-jax cache` again"
+        )
+    return signal

@@ -5,6 +5,7 @@ last: without it the cache is unfinished. The first record of a shard is the JSO
 examples' ids under LZMA, so that opening reads no signal; the others are `encode_signal`'s.
 """
 
+import functools
 import json
 import lzma
 import os
@@ -116,6 +117,14 @@ class SignalStore:
     def max_count(self) -> int:
         """The largest count of probabilities of any position."""
         return self.manifest["max_count"]
+
+    @functools.cached_property
+    def id_count(self) -> int:
+        """How many tokens of each position are kept by id; 0 for none."""
+        for example_id in self._rows:
+            ids = self[example_id].ids
+            return 0 if ids is None else ids.shape[1]
+        return 0
 
 
 def _read_ids(reader: ArrayRecordReader, path: pathlib.Path) -> list[str]:

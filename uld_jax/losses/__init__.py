@@ -27,7 +27,7 @@ from uld_jax.losses.sharded import (
     vocab_parallel_uld,
 )
 from uld_jax.losses.sorting import sorted_l1, sorted_probabilities
-from uld_jax.losses.teachers import HeadTeacher, SortedTeacher
+from uld_jax.losses.teachers import HeadTeacher, SortedTeacher, TokenTeacher
 from uld_jax.losses.truncated import truncated_uld
 from uld_jax.losses.uld import reference_uld, uld, uld_to_sorted
 from uld_jax.types import LossOut
@@ -42,6 +42,7 @@ __all__ = [
     "Hybrid",
     "LossOut",
     "SortedTeacher",
+    "TokenTeacher",
     "Transport",
     "Uld",
     "attention_loss",

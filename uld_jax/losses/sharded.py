@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from uld_jax.losses.fused import FusedLoss, fused_teachers_cross_entropy
 from uld_jax.losses.probabilities import scaled
-from uld_jax.losses.teachers import HeadTeacher, Teacher
+from uld_jax.losses.teachers import HeadTeacher, Teacher, TokenTeacher
 from uld_jax.losses.uld import distance, resolve_method
 
 __all__ = ["sharded_uld", "sharded_uld_cross_entropy", "vocab_parallel_uld"]
@@ -219,7 +219,11 @@ def _divide(
         spec = jax.tree.map(lambda _: batch, teacher)
         whole = jax.tree.map(lambda _: PartitionSpec(), teacher.comparison)
         return teacher, replace(spec, head=vocab, temperature=PartitionSpec(), comparison=whole)
-    return teacher, jax.tree.map(lambda _: batch, teacher)
+    spec = jax.tree.map(lambda _: batch, teacher)
+    if isinstance(teacher, TokenTeacher):
+        whole = jax.tree.map(lambda _: PartitionSpec(), teacher.comparison)
+        spec = replace(spec, comparison=whole)
+    return teacher, spec
 
 
 def _pad(x: jax.Array, axis: int, multiple: int, value: float) -> jax.Array:

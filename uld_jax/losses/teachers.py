@@ -12,12 +12,20 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from uld_jax.losses.chunked import product
-from uld_jax.losses.comparisons import Comparison, Uld
+from uld_jax.losses.comparisons import Comparison, Divergence, Uld
 from uld_jax.losses.probabilities import on_whole_rows
 from uld_jax.losses.truncated import truncated_uld
 from uld_jax.losses.uld import uld_to_sorted
 
-__all__ = ["Head", "HeadTeacher", "SortedTeacher", "Teacher", "check_shape", "product_dtype"]
+__all__ = [
+    "Head",
+    "HeadTeacher",
+    "SortedTeacher",
+    "Teacher",
+    "TokenTeacher",
+    "check_shape",
+    "product_dtype",
+]
 
 _static = partial(dataclasses.field, metadata={"static": True})
 
@@ -207,7 +215,69 @@ class SortedTeacher:
         return _ToSorted(method, axis_name)
 
 
-Teacher = HeadTeacher | SortedTeacher
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenTeacher:
+    """A teacher by its likeliest tokens, for a divergence over matched ones.
+
+    Attributes:
+        ids: i32[*b, N, J], the student's ids of these tokens; −1 for one that it has not.
+        log_probs: f32[*b, N, J], of the teacher's whole distribution; −inf on padding.
+        weights: f32[*b, N], of the divergence; 0 leaves a position out.
+        comparison: which divergence; without `others`, of which of the student's tokens.
+
+    Example:
+        >>> ids = jnp.zeros((3, 1), int)
+        >>> TokenTeacher(ids, -1.0 * ids, jnp.ones(3), Divergence("kl")).ids.shape
+        (3, 1)
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+    weights: jax.Array
+    comparison: Divergence
+
+    @property
+    def positions(self) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As of `HeadTeacher`."""
+        return self.weights, (self.ids, self.log_probs)
+
+    @property
+    def constants(self) -> Divergence:
+        """As of `HeadTeacher`."""
+        return self.comparison
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """As of `HeadTeacher`.
+
+        Args:
+            shape: [*b, N] of the targets.
+
+        Raises:
+            ValueError: naming the array.
+        """
+        check_shape("teacher_ids", self.ids[..., 0], shape)
+        check_shape("teacher_log_probs", self.log_probs, self.ids.shape)
+        check_shape("uld_weights", self.weights, shape)
+
+    def distance(
+        self, method: str, axis_name: str | None, compute_dtype: DTypeLike | None
+    ) -> Callable[[jax.Array, Any, Any, ArrayLike], jax.Array]:
+        """As of `HeadTeacher`; over shards of the student's vocabulary, each device has whole rows.
+
+        Args:
+            method: not used, it is ULD's.
+            axis_name: the mapped axis that the student's vocabulary is sharded over, or None.
+            compute_dtype: not used, there is no product.
+
+        Returns:
+            As of `HeadTeacher`.
+        """
+        del method, compute_dtype
+        return _ToTokens(axis_name)
+
+
+Teacher = HeadTeacher | SortedTeacher | TokenTeacher
 
 
 @dataclass(frozen=True)
@@ -250,6 +320,20 @@ class _ToSorted:
         if tail_C is None:
             return uld_to_sorted(logits_CV, probs_CK, method=self.method)
         return truncated_uld(logits_CV, probs_CK, tail_C, method=self.method)[0]
+
+
+@dataclass(frozen=True)
+class _ToTokens:
+    axis_name: str | None
+
+    def __call__(
+        self,
+        logits_CV: jax.Array,
+        known_C: tuple[jax.Array, jax.Array],
+        constants: Divergence,
+        student_temp: ArrayLike,
+    ) -> jax.Array:
+        return constants.to_tokens(logits_CV / student_temp, *known_C, self.axis_name)
 
 
 def check_shape(name: str, array: jax.Array, expected: tuple[int, ...]) -> None:

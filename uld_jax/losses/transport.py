@@ -68,10 +68,7 @@ class UniformCost:
         (0.3, 0.6)
     """
 
-    @property
-    def max_cost(self) -> float:
-        """1."""
-        return 1.0
+    max_cost: float = field(default=1.0, init=False)
 
     def __call__(self, student_ids: jax.Array, teacher_ids: jax.Array) -> jax.Array:
         """1[i ≠ j] by rank; the ids themselves do not matter."""
@@ -160,10 +157,7 @@ class LevenshteinCost:
     student_tokens: list[str]
     teacher_tokens: list[str]
 
-    @property
-    def max_cost(self) -> float:
-        """1."""
-        return 1.0
+    max_cost: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         levenshtein_cost([], [])  # a missing extra shows here, not in the middle of a step

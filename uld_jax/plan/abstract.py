@@ -25,7 +25,7 @@ from uld_jax.train import (
     of_ids,
     param_shardings,
 )
-from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
+from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens, TokenSignal
 
 ModelConfig = DecoderConfig | EncoderDecoderConfig
 # As the loader rounds lengths and positions up.
@@ -152,7 +152,7 @@ def _compared_by(
     found = []
     for path in config.teacher_groups():
         ids = np.arange(min(sizes["student"], sizes[path]))
-        found.append(of_ids(config.loss, ids, ids, sizes[path]))
+        found.append(of_ids(config.loss, ids, ids, (sizes["student"], sizes[path])))
     return found
 
 
@@ -199,6 +199,9 @@ def abstract_batch(
         if group.mode == "online":
             index = positions(dtype=jnp.int32)
             return TeacherTokens(uld_weight=positions(), index=index, **tokens("", path, group))
+        if config.loss.distance != "uld":
+            known = (positions(group.cache_ids, dtype=jnp.int32), positions(group.cache_ids))
+            return TeacherSignal(positions(), TokenSignal(*known))
         vocabulary = made_of[path].vocab_size
         most = group.cache_cap if group.mode == "cache" else group.stream_top_k or vocabulary
         signal = SortedSignal(positions(min(most, vocabulary)), positions(), positions())

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uld_jax.config import LossConfig
@@ -43,18 +45,18 @@ def make_comparison(
         return _transport(loss, student, teacher)
     if student.get_vocab() == teacher.get_vocab():
         ids = np.arange(len(student))
-        return of_ids(loss, ids, ids, len(teacher))
+        return of_ids(loss, ids, ids, (len(student), len(teacher)))
     matched = match_vocabularies(student, teacher)
     if not matched.student.size:
         raise UserError(
             f"loss.distance={loss.distance}: expected tokens that both vocabularies have, found "
             "none; set --config.loss.distance=uld, which needs none"
         )
-    return of_ids(loss, matched.student, matched.teacher, len(teacher))
+    return of_ids(loss, matched.student, matched.teacher, (len(student), len(teacher)))
 
 
 def of_ids(
-    loss: LossConfig, student_ids: np.ndarray, teacher_ids: np.ndarray, teacher_vocab: int
+    loss: LossConfig, student_ids: np.ndarray, teacher_ids: np.ndarray, sizes: tuple[int, int]
 ) -> Comparison:
     """The same where it is known which ids mean the same text.
 
@@ -62,16 +64,18 @@ def of_ids(
         loss: The config; its distance is one over matched tokens.
         student_ids: int[M].
         teacher_ids: int[M], the teacher's of the same text.
-        teacher_vocab: how many tokens the teacher has, to which M is set in proportion to weigh
-            the parts of the hybrid, as TRL does.
+        sizes: how many tokens student and teacher have. The hybrid weighs its parts by M over the
+            latter, as TRL does.
 
     Returns:
         The comparison.
 
     Example:
-        >>> of_ids(LossConfig(distance="jsd", beta=0.3), np.arange(2), np.arange(2), 4).options
+        >>> ids = np.arange(2)
+        >>> of_ids(LossConfig(distance="jsd", beta=0.3), ids, ids, (4, 3)).options
         {'beta': 0.3}
     """
+    student_vocab, teacher_vocab = sizes
     if loss.distance == "hybrid":
         share = student_ids.size / teacher_vocab
         return Hybrid(student_ids, teacher_ids, matched_weight=share, beta=loss.beta)
@@ -80,7 +84,29 @@ def of_ids(
         options = {"beta": loss.beta}
     elif loss.distance.startswith("skewed"):
         options = {"alpha": loss.alpha}
-    return Divergence(loss.distance, student_ids, teacher_ids, options)
+    others = 0 < student_ids.size < min(student_vocab, teacher_vocab)
+    return Divergence(loss.distance, student_ids, teacher_ids, options, others)
+
+
+def ids_of_student(comparison: Divergence, teacher_ids: jax.Array) -> jax.Array:
+    """The student's ids of some of the teacher's tokens.
+
+    Args:
+        comparison: From `make_comparison`.
+        teacher_ids: int[*b].
+
+    Returns:
+        int[*b]; −1 for a token that the student has not.
+
+    Example:
+        >>> same_text = np.array([5, 7]), np.array([2, 0])
+        >>> ids_of_student(Divergence("kl", *same_text), jnp.array([0, 1, 2, 3])).tolist()
+        [7, -1, 5, -1]
+    """
+    ours, theirs = np.asarray(comparison.student_ids), np.asarray(comparison.teacher_ids)
+    table = np.full(theirs.max(initial=0) + 1, -1, np.int32)
+    table[theirs] = ours
+    return jnp.asarray(table).at[teacher_ids].get(mode="fill", fill_value=-1)
 
 
 def _transport(

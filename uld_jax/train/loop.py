@@ -29,7 +29,7 @@ from uld_jax.train.program import Program, make_program
 from uld_jax.train.state import TrainState
 from uld_jax.train.step import Metrics
 from uld_jax.train.watch import Reporter, Tracer
-from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens
+from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens, TokenSignal
 
 
 def fit(
@@ -233,7 +233,8 @@ def to_mesh(
             continue
         placed = jax.tree.map(put, dict(teacher))
         if "signal" in placed:
-            own = SortedSignal(**placed["signal"])
+            kind = TokenSignal if "ids" in placed["signal"] else SortedSignal
+            own = kind(**placed["signal"])
             teachers.append(TeacherSignal(placed["uld_weight"], own))
         else:
             teachers.append(TeacherTokens(**placed))

@@ -13,16 +13,19 @@ from flax import nnx
 from uld_jax.config import LossConfig
 from uld_jax.losses import (
     Comparison,
+    Divergence,
     FusedLoss,
     HeadTeacher,
     SortedTeacher,
+    TokenTeacher,
     fused_teachers_cross_entropy,
     sharded_uld_cross_entropy,
 )
 from uld_jax.models import Decoder
 from uld_jax.sharding import EMBED_AXIS, RULES, constrain
+from uld_jax.train.comparison import ids_of_student
 from uld_jax.train.state import TrainState
-from uld_jax.types import Batch, TeacherSignal, TeacherTokens
+from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens, TokenSignal
 
 Metrics = dict[str, jax.Array]
 
@@ -179,10 +182,12 @@ def _of_teachers(
         errors = [
             share * (given.signal.error * given.uld_weight).sum() / count
             for share, given, count in signals
+            if isinstance(given.signal, SortedSignal)
         ]
         size = sum(x.nbytes for _, given, _ in signals for x in jax.tree.leaves(given.signal))
         positions = jnp.stack([(given.uld_weight > 0).sum() for _, given, _ in signals]).sum()
-        metrics["uld_error"] = jnp.stack(errors).sum()
+        if errors:
+            metrics["uld_error"] = jnp.stack(errors).sum()
         metrics["signal_bytes"] = size / jnp.maximum(positions, 1)
     return metrics
 
@@ -256,12 +261,11 @@ def _compared(
     given: TeacherTokens | TeacherSignal,
     scale: jax.Array,
     temperature: float,
-) -> HeadTeacher | SortedTeacher:
+) -> HeadTeacher | SortedTeacher | TokenTeacher:
     """What the student is compared with: the teacher's hidden states, or the batch's signal."""
     weights = spread_positions(given.uld_weight * scale)
     if isinstance(given, TeacherSignal):
-        probs, tail_mass = map(spread_positions, (given.signal.probs, given.signal.tail_mass))
-        return SortedTeacher(probs, weights, tail_mass)
+        return _known_by(given.signal, weights, teacher.comparison)
     if teacher.graph is None or params is None:
         raise ValueError(
             "teachers: expected a model for a teacher that is to read tokens, got None"
@@ -275,6 +279,18 @@ def _compared(
         softcap=t.config.logit_softcap or None,
         comparison=teacher.comparison,
     )
+
+
+def _known_by(
+    signal: SortedSignal | TokenSignal, weights: jax.Array, comparison: Comparison | None
+) -> SortedTeacher | TokenTeacher:
+    if isinstance(signal, SortedSignal):
+        probs, tail_mass = map(spread_positions, (signal.probs, signal.tail_mass))
+        return SortedTeacher(probs, weights, tail_mass)
+    if not isinstance(comparison, Divergence):
+        raise ValueError(f"teachers: expected a Divergence for known tokens, got {comparison}")
+    ids = spread_positions(ids_of_student(comparison, signal.ids))
+    return TokenTeacher(ids, spread_positions(signal.log_probs), weights, comparison)
 
 
 def take_positions(hidden_BTD: jax.Array, index_GN: jax.Array) -> jax.Array:
