@@ -11,8 +11,9 @@ from rich.table import Table
 
 from uld_jax.cli import compose
 from uld_jax.cli.compose import console, progress_bar, say
+from uld_jax.cli.devices import evaluation_mesh
 from uld_jax.cli.examples import load_split, shot_pool_of
-from uld_jax.cli.held_out import HeldOut, Journals, mesh_for, open_journals, say_left_out
+from uld_jax.cli.held_out import HeldOut, Journals, open_journals, say_left_out
 from uld_jax.cli.scoring_flags import resampling
 from uld_jax.config import RunConfig
 from uld_jax.errors import UserError
@@ -108,7 +109,7 @@ def _measure(
     against: Sequence[Prediction] | None,
 ) -> _Result:
     """The student's answers, and what it and perhaps the teacher say of the references."""
-    mesh, apart = mesh_for(config)
+    mesh, apart = evaluation_mesh(config)
     train_set, examples = (load_split(config, split) for split in ("train", "eval"))
     name = args.model or workdir or config.student.source
     if against is not None:
