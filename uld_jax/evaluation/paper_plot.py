@@ -33,10 +33,12 @@ def plot_differences(
     for place, line in enumerate(lines):
         x = line.metrics[metric]
         left.plot([x["low"], x["high"]], [place, place], color="#0072b2", lw=2)
-        left.plot(x["difference"], place, "o", color="#0072b2", label="here")
+        left.plot(x["difference"], place, "o", color="#0072b2", label="difference")
         if metric in line.published:
             text, uld = line.published[metric]
-            left.plot(uld - text, place, "D", color="#d55e00", mfc="none", label="published")
+            left.plot(
+                uld - text, place, "D", color="#d55e00", mfc="none", label="published difference"
+            )
         right.axhline(place, color="#dddddd", lw=1, zorder=0)
         for name in ("undistilled", "teacher"):
             values = [b.scores[metric] for b in baselines if b.kind == name and _is_of(b, line)]
@@ -50,15 +52,14 @@ def plot_differences(
     left.axvline(0, color="#222222", ls="dashed", lw=1)
     left.set_xlabel(f"{metric}: ULD − text distillation, points")
     right.set_xlabel(f"{metric}, percent")
+    handles = {}
     for axes in (left, right):
-        marks, labels = axes.get_legend_handles_labels()
-        handles = {
-            label: mark for mark, label in zip(marks, labels, strict=True) if len(mark.get_xdata())
-        }
-        # Below, where it hides nothing.
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncols": 4}
-        axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, **below)
         axes.spines[["top", "right"]].set_visible(False)
+        marks, labels = axes.get_legend_handles_labels()
+        drawn = zip(labels, marks, strict=True)
+        handles |= {label: mark for label, mark in drawn if len(mark.get_xdata())}
+    below = {"loc": "outside lower center", "ncols": len(handles)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, **below)
     figure.savefig(path, format="png", dpi=150)
 
 
