@@ -81,6 +81,9 @@ def test_students_that_were_asked_otherwise_have_rows_of_their_own(uld, tmp_path
         for name, config, before in (("a", RUN, 5), ("b", longer, 6), ("c", qed, 7))
         for weight in (0.0, 1.5)
     ]
+    # Nothing is compared with this one, so its data set has no column.
+    other = dataclasses.replace(RUN, data=DataConfig(source="dialogsum"))
+    runs.append(workdir(tmp_path, "alone", right=20, weight=0.0, config=other))
     output = tmp_path / "report"
     assert uld("report", *runs, f"--output={output}").status == 0
     rows = [row for row in rows_of(output, "undistilled") if row["metric"] == "f1"]

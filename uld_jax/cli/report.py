@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     published = [] if args.published is None else read_published(locate(args.published))
     runs = [read_run(path) for path in args.workdirs]
     groups = _groups(runs)
+    compared = {each.path for pairs in groups for run, other, _ in pairs for each in (run, other)}
+    runs = [run for run in runs if run.path in compared]
     taught = read_teachers([path for path in args.teacher.split(",") if path], runs)
     everything = [p for run in runs for p in (*run.before, *run.predictions)]
     everything += [p for _, predictions, _ in taught for p in predictions]
