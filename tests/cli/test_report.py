@@ -41,7 +41,8 @@ def answers(right, *, first=0):
     return rows
 
 
-def workdir(root, name, *, right, weight, seed=0, config=RUN, first=0, **loss):
+def workdir(root, name, *, right, weight, seed=0, config=RUN, first=0, before=5, **loss):
+    """A finished run with so many right answers after training, and so many before it."""
     config = dataclasses.replace(
         config,
         loss=LossConfig(uld_weight=weight, **loss),
@@ -50,8 +51,9 @@ def workdir(root, name, *, right, weight, seed=0, config=RUN, first=0, **loss):
     path = root / name
     path.mkdir()
     (path / "config.json").write_text(json.dumps(configs.to_dict(config)))
-    found = {"scores": {}, "answers": answers(right, first=first), "too_long": 0}
-    (path / "after.json").write_text(json.dumps(found))
+    for stage, count in (("before", before), ("after", right)):
+        found = {"scores": {}, "answers": answers(count, first=first), "too_long": 0}
+        (path / f"{stage}.json").write_text(json.dumps(found))
     return path
 
 
@@ -59,9 +61,9 @@ def f1(right):
     return np.array([per_example(r["prediction"], r["references"])["f1"] for r in answers(right)])
 
 
-def rows_of(output):
+def rows_of(output, kind="distilled"):
     with (output / "report.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["kind"] == kind]
 
 
 def test_seeds_are_averaged_and_compared_example_by_example(uld, tmp_path):

@@ -4,7 +4,6 @@ import importlib.util
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 
@@ -13,34 +12,6 @@ from uld_jax.evaluation import bert_scores, require_bert_score
 
 installed = importlib.util.find_spec("bert_score") is not None
 needs_bert_score = pytest.mark.skipif(not installed, reason="bert-score is not installed")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bert")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)]
-    model = tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, **special
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config).save_pretrained(directory)
-    return directory
 
 
 def by_definition(directory, prediction, reference):

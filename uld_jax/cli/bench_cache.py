@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uld_jax.benchmark.signals import measure_signals
-from uld_jax.cli import compose
+from uld_jax.cli import compose, devices
 from uld_jax.cli.examples import load_split
 from uld_jax.cli.teachers import cached_answers
 from uld_jax.cli.train import Job, loader_of
@@ -36,7 +36,7 @@ def prepare(args: argparse.Namespace, batches: int) -> Callable[[], dict[str, An
             f"{online[0]}.mode: expected cache, got {config.teacher_groups()[online[0]].mode!r}; "
             f"set --config.{online[0]}.mode=cache --config.{online[0]}.cache=DIR"
         )
-    meshes = compose.meshes(config)
+    meshes = devices.meshes(config)
     mesh = meshes["student"]
     train_set = load_split(config, "train")
     teachers = [

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from uld_jax import models
 from uld_jax.cli import compose
 from uld_jax.cli.compose import progress_bar, say
+from uld_jax.cli.devices import own_mesh
 from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import Encoded, Example, Side, SignalWriter
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     output = locate(args.output)
     known = models.load_tokenizer(config.teacher.source)
     examples = load_split(config, "train")
-    job = _Job(config, output, examples, known, _own_mesh(config))
+    job = _Job(config, output, examples, known, fold_sequence(own_mesh(config.mesh)))
     answers = _answers(job)
     texts = teacher_texts(examples, answers, job.side, pool=job.pool, seed=config.data.seed)
     left_out = [
@@ -113,16 +114,6 @@ def run(args: argparse.Namespace) -> None:
     wait_for_all("signals")
     if is_first():
         _report(writer.finish(), work, output)
-
-
-def _own_mesh(config: RunConfig) -> Mesh:
-    """This process's devices: each process has a whole teacher and needs no other."""
-    sizes = config.mesh
-    if jax.process_count() == 1:
-        return fold_sequence(compose.mesh_of(sizes))
-    data = sizes.data if -1 in (sizes.fsdp, sizes.sequence, sizes.tensor) else -1
-    own = dataclasses.replace(sizes, data=data, slices=1)
-    return fold_sequence(compose.mesh_of(own, devices=jax.local_devices()))
 
 
 def _answers(job: _Job) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from uld_jax import models, preflight
 from uld_jax import plan as planning
-from uld_jax.cli import compose
+from uld_jax.cli import compose, devices
 from uld_jax.cli.compose import console, say
 from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.config import BaseModelConfig, RunConfig
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     examples = [example for example in train_set if example.answers][: args.samples]
     if not examples:
         raise UserError(f"data.source={config.data.source}: expected answers to look at, got none")
-    mesh = compose.meshes(config)["student"]
+    mesh = devices.meshes(config)["student"]
     step = planning.abstract_step(config, {path: m.config for path, m in loaded.items()}, mesh)
     faults = 0
     for teacher in teachers:
@@ -145,7 +145,7 @@ def _with_likelihoods(
         (student, [pair.student for pair in pairs]),
         (teacher, [pair.teachers[0] for pair in pairs]),
     ):
-        mesh = compose.meshes(config)["student"]
+        mesh = devices.meshes(config)["student"]
         m = compose.load_model(member.path, member.group, mesh)
         readings = read_answers(m, texts, batch_size=config.eval.batch_size, mesh=mesh)
         nats = float(sum(each.nats.sum() for each in readings))

@@ -24,7 +24,7 @@ from rich.progress import (
 from uld_jax import buckets, models
 from uld_jax import config as configs
 from uld_jax.cli.examples import shot_pool_of
-from uld_jax.config import BaseModelConfig, DataConfig, MeshConfig, RunConfig, TeacherConfig
+from uld_jax.config import BaseModelConfig, DataConfig, RunConfig, TeacherConfig
 from uld_jax.data import (
     Example,
     Side,
@@ -35,7 +35,7 @@ from uld_jax.errors import UserError
 from uld_jax.evaluation import Evaluation, evaluate
 from uld_jax.files import AnyPath, locate, make_directory, remove_tree, write_json
 from uld_jax.processes import agreed, is_first, wait_for_all
-from uld_jax.sharding import make_mesh, parameter_rules, split_devices
+from uld_jax.sharding import parameter_rules
 from uld_jax.train import adapt, restore_params
 
 console = Console()
@@ -139,51 +139,6 @@ def claim_workdir(path: str, config: RunConfig) -> AnyPath:
         ) from error
     wait_for_all("workdir")
     return workdir
-
-
-def mesh_of(axes: MeshConfig, **options: Any) -> Mesh:
-    """The mesh that a config describes.
-
-    Args:
-        axes: The config.
-        **options: `make_mesh`'s devices and keep_order.
-
-    Returns:
-        The mesh.
-
-    Example:
-        >>> mesh_of(MeshConfig(sequence=-1, data=1)).shape["data"]
-        1
-    """
-    sizes = {"sequence": axes.sequence, "slices": axes.slices}
-    return make_mesh(axes.data, axes.fsdp, axes.tensor, **sizes, **options)
-
-
-def meshes(config: RunConfig, devices: Sequence[Any] | None = None) -> dict[str, Mesh]:
-    """Which devices hold which model.
-
-    Args:
-        config: A resolved config.
-        devices: All there are; this machine's by default.
-
-    Returns:
-        The mesh of the student, and that of each teacher by its path: devices of its own where it
-        streams, else the student's.
-
-    Example:
-        >>> sorted(meshes(RunConfig()))
-        ['student', 'teacher']
-    """
-    own = configs.streaming_devices(config)
-    left, *parts = split_devices([*own.values()], devices)
-    student = mesh_of(config.mesh, devices=left, keep_order=bool(own))
-    teachers = config.teacher_groups()
-    found = {"student": student, **dict.fromkeys(teachers, student)}
-    for path, devices in zip(own, parts, strict=True):
-        fsdp, tensor = teachers[path].fsdp, teachers[path].tensor
-        axes = MeshConfig(-1, fsdp, tensor, slices=config.mesh.slices)
-        found[path] = mesh_of(axes, devices=devices, keep_order=True)
-    return found
 
 
 def load_model(which: str, config: BaseModelConfig, mesh: Mesh) -> models.LoadedModel:

@@ -10,9 +10,11 @@ import numpy as np
 from rich.table import Table
 
 from uld_jax.cli import compose
-from uld_jax.cli.compose import console, progress_bar, say
+from uld_jax.cli.compose import console, say
+from uld_jax.cli.devices import evaluation_mesh
 from uld_jax.cli.examples import load_split, shot_pool_of
-from uld_jax.cli.held_out import HeldOut, Journals, mesh_for, open_journals, say_left_out
+from uld_jax.cli.held_out import HeldOut, Journals, open_journals, say_left_out
+from uld_jax.cli.scoring import score_predictions
 from uld_jax.cli.scoring_flags import resampling
 from uld_jax.config import RunConfig
 from uld_jax.errors import UserError
@@ -20,10 +22,8 @@ from uld_jax.evaluation import (
     Prediction,
     Reliability,
     Resampling,
-    bert_scores,
     compare,
     pair_predictions,
-    per_example,
     plot_reliability,
     read_predictions,
     require_bert_score,
@@ -108,7 +108,7 @@ def _measure(
     against: Sequence[Prediction] | None,
 ) -> _Result:
     """The student's answers, and what it and perhaps the teacher say of the references."""
-    mesh, apart = mesh_for(config)
+    mesh, apart = evaluation_mesh(config)
     train_set, examples = (load_split(config, split) for split in ("train", "eval"))
     name = args.model or workdir or config.student.source
     if against is not None:
@@ -141,7 +141,7 @@ def _report(
     pairs = None
     if against is not None:
         pairs = pair_predictions(result.predictions, against, names=(result.name, args.against))
-    rows = _rows(result.predictions, args.bertscore)
+    rows = score_predictions(result.predictions, args.bertscore)
     summary: dict[str, Any] = summarise(rows, options)
     summary |= {"examples": len(rows), "too_long": result.too_long}
     for which, records in result.readings.items():
@@ -153,27 +153,12 @@ def _report(
         if read:
             summary[which] = summarise_readings(read, options)
     if pairs is not None:
-        others = _rows([other for _, other in pairs], args.bertscore)
+        others = score_predictions([other for _, other in pairs], args.bertscore)
         summary["against"] = {"path": args.against, "metrics": compare(rows, others, options)}
     summary["resampling"] = dataclasses.asdict(options)
     _show(summary, options)
     if args.output:
         _write(locate(args.output), result, rows, summary)
-
-
-def _rows(predictions: Sequence[Prediction], bertscore: str | None) -> list[dict[str, float]]:
-    with progress_bar("scoring", len(predictions)) as progress:
-        rows = []
-        for p in predictions:
-            rows.append(per_example(p.text, p.references))
-            progress(1)
-    if bertscore:
-        texts = [p.text for p in predictions]
-        with console.status(f"BERTScore by {bertscore}"):
-            found = bert_scores(texts, [p.references for p in predictions], model=bertscore)
-        for row, value in zip(rows, found, strict=True):
-            row["bertscore"] = value
-    return rows
 
 
 def _show(summary: dict[str, Any], options: Resampling) -> None:

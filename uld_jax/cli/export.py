@@ -3,7 +3,7 @@
 import argparse
 
 from uld_jax import models
-from uld_jax.cli import compose
+from uld_jax.cli import compose, devices
 from uld_jax.cli.compose import say
 
 
@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: No checkpoint, or the output directory is not empty.
     """
     config = compose.run_config(args)
-    mesh = compose.meshes(config)["student"]
+    mesh = devices.meshes(config)["student"]
     student = compose.load_student(config, args.workdir, mesh)
     models.save_pretrained(student, args.output)
     say(f"student (Hugging Face format): {args.output}")

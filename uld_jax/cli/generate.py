@@ -8,6 +8,7 @@ import jax
 from uld_jax.cli import compose
 from uld_jax.cli.answers import answer_split, dropped_message, wait_until_finished
 from uld_jax.cli.compose import say
+from uld_jax.cli.devices import own_mesh
 from uld_jax.cli.examples import load_split, shot_pool_of
 from uld_jax.config import RunConfig
 from uld_jax.data import AnswerWriter, Example, load_examples, verify_answers
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
             remove_tree(directory)  # killed after its last step but one
         say(f"answers: {output}")
         return
-    mesh = compose.mesh_of(config.mesh, devices=jax.local_devices())
+    mesh = own_mesh(config.mesh)
     split = config.generate.split
     examples = load_split(config, split)
     pool = examples

@@ -31,7 +31,6 @@ from uld_jax.files import AnyPath, make_directory, remove_tree
 from uld_jax.journal import Journal, read_journal
 from uld_jax.mirror import Mirror
 from uld_jax.processes import is_first, wait_for_all
-from uld_jax.sharding import make_mesh
 
 Records = dict[str, dict[str, Any]]
 Add = Callable[[Mapping[str, Mapping[str, Any]]], None]
@@ -241,23 +240,6 @@ def open_journals(output: AnyPath | None) -> Iterator[Journals]:
         for path in place.glob("*.jsonl"):
             mirror.pull(path.name)
         yield Journals(place, mirror)
-
-
-def mesh_for(config: RunConfig) -> tuple[Mesh, bool]:
-    """Where models are evaluated, and whether each process has its own.
-
-    Args:
-        config: The run.
-
-    Returns:
-        The student's mesh; of several processes each its own devices, if the model's shards fit
-        on them, else all devices together.
-    """
-    sizes, local = config.mesh, jax.local_device_count()
-    shards = sizes.fsdp * sizes.tensor
-    if jax.process_count() == 1 or shards < 1 or local % shards:
-        return compose.meshes(config)["student"], False
-    return make_mesh(-1, sizes.fsdp, sizes.tensor, devices=jax.local_devices()), True
 
 
 def say_left_out(config: RunConfig, answers: Records, readings: Mapping[str, Records]) -> None:

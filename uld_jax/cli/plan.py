@@ -9,7 +9,7 @@ import jax
 
 from uld_jax import plan as planning
 from uld_jax.benchmark.timing import without_compilation_cache
-from uld_jax.cli import compose
+from uld_jax.cli import compose, devices
 from uld_jax.cli.compose import console, say
 from uld_jax.config import MeshConfig, RunConfig, streaming_devices
 from uld_jax.errors import UserError
@@ -73,7 +73,7 @@ def _plan_slice(
     """The plans of one slice, and what was left out."""
 
     def plans(config: RunConfig) -> list[Plan]:
-        mesh = compose.meshes(config, where.devices)["student"]
+        mesh = devices.meshes(config, where.devices)["student"]
         job = planning.JOBS[args.program](config, made_of, mesh)
         shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         title = f"{where.name}, {shape}, batch {job.batch_size}"
@@ -92,7 +92,7 @@ def _plan_slice(
             f"--topology={where.name}: for a cache each host has a teacher of its own; give the "
             "slice of one host, such as v5e:2x2"
         )
-    mesh = compose.meshes(config, where.devices)["student"]
+    mesh = devices.meshes(config, where.devices)["student"]
     if args.sweep:
         axes = MeshConfig(**mesh.shape, slices=config.mesh.slices)
         config = dataclasses.replace(config, mesh=axes)
@@ -120,13 +120,13 @@ def _lower_for_cuda(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"--topology={args.topology}: expected a number of GPUs with --platform=cuda"
         )
-    devices = int(args.topology)
-    config = compose.run_config(args, device_count=devices, process_count=1)
+    gpus = int(args.topology)
+    config = compose.run_config(args, device_count=gpus, process_count=1)
     if streaming_devices(config):
         raise UserError("--platform=cuda: expected teachers that do not stream (teacher.mode)")
-    report = planning.lower_for_cuda(config, planning.read_configs(config), devices)
+    report = planning.lower_for_cuda(config, planning.read_configs(config), gpus)
     say(
-        f"{devices} CUDA devices: the step lowers, {report['program_lines']:,} lines. It is NOT "
+        f"{gpus} CUDA devices: the step lowers, {report['program_lines']:,} lines. It is NOT "
         "compiled: whether it fits is not known, nor how fast it is.\narguments on each GPU: "
         + ", ".join(f"{kind} {planning.size(size)}" for kind, size in report["bytes"].items())
     )

@@ -44,13 +44,7 @@ def add_evaluate_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--teacher", action="store_true", help="also how the teacher reads the references"
     )
-    command.add_argument(
-        "--bertscore",
-        metavar="MODEL",
-        nargs="?",
-        const="roberta-large",
-        help="also BERTScore by a directory or hub id [roberta-large]; needs the extra bertscore",
-    )
+    _add_bertscore_flag(command)
     command.add_argument(
         "--output",
         metavar="FILE.json",
@@ -58,6 +52,16 @@ def add_evaluate_flags(command: argparse.ArgumentParser) -> None:
         "a killed command goes on when it is given again",
     )
     add_resampling_flags(command)
+
+
+def _add_bertscore_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--bertscore",
+        metavar="MODEL",
+        nargs="?",
+        const="roberta-large",
+        help="also BERTScore by a directory or hub id [roberta-large]; needs the extra bertscore",
+    )
 
 
 def add_report_parser(commands: Any) -> None:
@@ -84,7 +88,18 @@ def add_report_parser(commands: Any) -> None:
         "data_fraction, f1, ...",
     )
     command.add_argument(
-        "--metric", choices=METRICS, default="f1", help="of the first table and the plot [f1]"
+        "--teacher",
+        metavar="PATH[,PATH]",
+        default="",
+        help="also the teachers: their answers to the held-out questions, by `uld-jax generate "
+        "--config.generate.split=eval` or as predictions",
+    )
+    _add_bertscore_flag(command)
+    command.add_argument(
+        "--metric",
+        choices=(*METRICS, "bertscore"),
+        default="f1",
+        help="of the first table and the plot [f1]",
     )
     add_resampling_flags(command)
 

@@ -12,7 +12,7 @@ import jax
 
 from uld_jax import config as configs
 from uld_jax import models, preflight
-from uld_jax.cli import compose
+from uld_jax.cli import compose, devices
 from uld_jax.cli.answers import answer_split
 from uld_jax.cli.compose import console, progress_bar, reuse_or_make, say
 from uld_jax.cli.examples import load_split, shot_pool_of
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
             "let `uld-jax generate` write several, and set --config.data.source=generated:DIR "
             "--config.data.answers=gold"
         )
-    meshes = compose.meshes(config)
+    meshes = devices.meshes(config)
     train_set, eval_set = (load_split(config, split) for split in ("train", "eval"))
     teachers = load_teachers(config, meshes)
     student = compose.load_student(config, None, meshes["student"])

@@ -8,8 +8,8 @@ from typing import Any
 from uld_jax.errors import UserError
 from uld_jax.files import AnyPath
 
-# The answers after training, in the workdir of `uld-jax train`.
-ANSWERS = "after.json"
+# The student's answers in the workdir of `uld-jax train`: before training and after it.
+STAGES = {"before": "before.json", "after": "after.json"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Prediction:
     question: str = ""
 
 
-def read_predictions(path: AnyPath) -> list[Prediction]:
+def read_predictions(path: AnyPath, *, stage: str = "after") -> list[Prediction]:
     """Reads predictions from JSON lines or from the workdir of a run.
 
     A line is {"id", "question", "references", "prediction"}, of which `uld-jax evaluate` writes
@@ -37,7 +37,8 @@ def read_predictions(path: AnyPath) -> list[Prediction]:
     or {"text": [...]}. Other fields are left alone.
 
     Args:
-        path: Of the file, or of the workdir, whose answers after training are read.
+        path: Of the file, or of the workdir.
+        stage: Which answers of a workdir, those "before" or "after" training.
 
     Returns:
         The predictions, in the order of the file.
@@ -53,8 +54,8 @@ def read_predictions(path: AnyPath) -> list[Prediction]:
         >>> read_predictions(path)
         [Prediction(text='In Oslo', references=('Oslo',), id='', question='')]
     """
-    rows = _workdir_rows(path) if path.is_dir() else _rows(path)
-    found = [_prediction(record, where) for record, where in rows]
+    rows = _workdir_rows(path, stage) if path.is_dir() else json_rows(path)
+    found = [prediction_of(record, where) for record, where in rows]
     if not found:
         raise UserError(f"{path}: expected at least one prediction, found none")
     seen: set[str] = set()
@@ -116,7 +117,18 @@ def pair_predictions(
     return pairs
 
 
-def _rows(path: AnyPath) -> Iterator[tuple[Any, str]]:
+def json_rows(path: AnyPath) -> Iterator[tuple[Any, str]]:
+    """Reads a file of predictions, a JSON value a line; blank lines are passed over.
+
+    Args:
+        path: Of the file.
+
+    Yields:
+        A value, and where it stands: path:line.
+
+    Raises:
+        UserError: There is no such file, or a line is not JSON.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected predictions as JSON lines: check the path")
     with path.open("rb") as file:
@@ -132,11 +144,11 @@ def _rows(path: AnyPath) -> Iterator[tuple[Any, str]]:
                 ) from error
 
 
-def _workdir_rows(path: AnyPath) -> Iterator[tuple[Any, str]]:
-    file = path / ANSWERS
+def _workdir_rows(path: AnyPath, stage: str) -> Iterator[tuple[Any, str]]:
+    file = path / STAGES[stage]
     if not file.is_file():
         raise UserError(
-            f"{file}: no such file, expected the answers after training: let `uld-jax train "
+            f"{file}: no such file, expected the answers {stage} training: let `uld-jax train "
             f"--workdir={path}` end, or give a predictions file"
         )
     try:
@@ -147,7 +159,23 @@ def _workdir_rows(path: AnyPath) -> Iterator[tuple[Any, str]]:
         yield record, f"{file}: answers[{number}]"
 
 
-def _prediction(record: Any, where: str) -> Prediction:
+def prediction_of(record: Any, where: str) -> Prediction:
+    """A line of a predictions file, see `read_predictions`.
+
+    Args:
+        record: The line's value.
+        where: It stands, for errors.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        UserError: It is not as expected.
+
+    Example:
+        >>> prediction_of({"prediction": "Oslo", "references": ["In Oslo"]}, "a.jsonl:1").text
+        'Oslo'
+    """
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
     published = "prediction_text" in record
