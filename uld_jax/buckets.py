@@ -1,5 +1,6 @@
-"""Cloud Storage: what must be set before it is used, and what it answers where it cannot be."""
+"""Object stores: what must be set before one is used, and what it answers where it cannot be."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -12,11 +13,93 @@ from etils import epath
 from uld_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """One kind of object store, which `etils.epath` reaches through a package of fsspec's.
+
+    Attributes:
+        package: That package.
+        extra: Ours that installs it.
+        options: Its name in fsspec's configuration.
+        errors: (module, name) of what it raises besides OSError.
+        mount: A program that shows a bucket as a directory.
+        make: The command that makes a bucket.
+        access: Where credentials come from.
+        in_orbax: Whether orbax writes checkpoints there itself.
+    """
+
+    package: str
+    extra: str
+    options: str
+    errors: tuple[tuple[str, str], ...]
+    mount: str
+    make: str
+    access: str
+    in_orbax: bool
+
+
+# By the scheme of their addresses.
+STORES = {
+    "gs": Store(
+        package="gcsfs",
+        extra="gcs",
+        options="gcs",
+        errors=(
+            ("gcsfs.retry", "HttpError"),
+            ("aiohttp", "ClientError"),
+            ("google.auth.exceptions", "GoogleAuthError"),
+        ),
+        mount="gcsfuse",
+        make="gcloud storage buckets create",
+        access="gcloud auth application-default login",
+        in_orbax=True,
+    ),
+    "s3": Store(
+        package="s3fs",
+        extra="s3",
+        options="s3",
+        errors=(("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError")),
+        mount="mount-s3",
+        make="aws s3 mb",
+        access="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or aws configure; AWS_ENDPOINT_URL "
+        "of a server that is not Amazon's",
+        in_orbax=False,
+    ),
+}
+_ADDRESSES = " or ".join(f"{scheme}://BUCKET/PATH" for scheme in STORES)
+
+
+def store_of(address: str | os.PathLike[str]) -> Store:
+    """The store that an address is of.
+
+    Args:
+        address: SCHEME://BUCKET/PATH.
+
+    Returns:
+        The store.
+
+    Raises:
+        UserError: None of `STORES`.
+
+    Example:
+        >>> store_of("s3://bucket/run").package
+        's3fs'
+    """
+    text = os.fspath(address)
+    store = STORES.get(text.partition("://")[0])
+    if store is None:
+        raise UserError(
+            f"{text}: expected a path of this machine or {_ADDRESSES}; mount other stores "
+            "(rclone, blobfuse) and give the path there"
+        )
+    return store
+
+
 def prepare(address: str) -> None:
     """Makes `etils.epath` ready for an address; nothing is asked of the bucket yet.
 
     Args:
-        address: gs://BUCKET/PATH.
+        address: SCHEME://BUCKET/PATH.
 
     Raises:
         UserError: Another kind of address, or the extra is not installed.
@@ -27,37 +110,34 @@ def prepare(address: str) -> None:
         ...
         uld_jax.errors.UserError: ftp://host/run: expected a path of this machine or gs://BUCKET...
     """
-    if not address.startswith("gs://"):
+    store = store_of(address)
+    scheme, _, rest = address.partition("://")
+    if not rest.strip("/"):
+        raise UserError(f"{address}: expected {scheme}://BUCKET/PATH, found no bucket in it")
+    if importlib.util.find_spec(store.package) is None:
         raise UserError(
-            f"{address}: expected a path of this machine or gs://BUCKET/PATH; mount other stores "
-            "(s3fs, blobfuse) and give the path there"
+            f"{address}: reading and writing {scheme}:// needs {store.package}: pip install "
+            f"'uld-jax[{store.extra}]', or mount the bucket ({store.mount}) and give the path there"
         )
-    if not address.removeprefix("gs://").strip("/"):
-        raise UserError(f"{address}: expected gs://BUCKET/PATH, found no bucket in it")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(
-            f"{address}: reading and writing gs:// needs gcsfs: pip install 'uld-jax[gcs]', or "
-            "mount the bucket (gcsfuse) and give the path there"
-        )
-    _configure()
+    _configure(store)
 
 
 @functools.cache
-def _configure() -> None:
+def _configure(store: Store) -> None:
     fsspec = importlib.import_module("fsspec")
     # One backend, whether or not TensorFlow is installed.
     os.environ.setdefault("EPATH_USE_TF", "false")
     # Other processes write too: what was listed a moment ago is no answer.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    fsspec.config.conf.setdefault(store.options, {}).setdefault("use_listings_cache", False)
     # It raises what it logs.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger(store.package).setLevel(logging.CRITICAL)
 
 
 def check_address(address: str, flag: str) -> None:
     """Asks for an address's bucket, so that what is wrong with it is said before any work.
 
     Args:
-        address: gs://BUCKET/PATH.
+        address: SCHEME://BUCKET/PATH.
         flag: The name of the flag that gave it.
 
     Raises:
@@ -74,20 +154,19 @@ def check_address(address: str, flag: str) -> None:
         prepare(address)
     except UserError as error:
         raise UserError(f"--{flag}={error}") from None
-    root = epath.Path("/".join(address.split("/")[:3]))
+    store, root = store_of(address), epath.Path("/".join(address.split("/")[:3]))
     try:
         # Who may list objects may not always ask for the bucket itself; an empty one lists none.
         if not root.exists():
             next(root.iterdir(), None)
     except FileNotFoundError as error:
         raise UserError(
-            f"{given}: there is no bucket {root}: make it (gcloud storage buckets create "
-            f"{root}), or name another"
+            f"{given}: there is no bucket {root}: make it ({store.make} {root}), or name another"
         ) from error
     except (ValueError, *errors()) as error:
         raise UserError(
             f"{given}: the bucket does not answer ({reason(error)}): check the name, the "
-            "network and the credentials (gcloud auth application-default login)"
+            f"network and the credentials ({store.access})"
         ) from error
 
 
@@ -101,16 +180,13 @@ def errors() -> tuple[type[Exception], ...]:
         >>> OSError in errors()
         True
     """
-    found: list[type[Exception]] = [OSError]
-    if "gcsfs" in sys.modules:
-        # By name: the packages are there only with the extra.
-        for module, kind in (
-            ("gcsfs.retry", "HttpError"),
-            ("aiohttp", "ClientError"),
-            ("google.auth.exceptions", "GoogleAuthError"),
-        ):
-            found.append(getattr(importlib.import_module(module), kind))
-    return tuple(found)
+    # By name: the packages are there only with the extras.
+    return OSError, *(
+        getattr(importlib.import_module(module), kind)
+        for store in STORES.values()
+        if sys.modules.get(store.package)
+        for module, kind in store.errors
+    )
 
 
 def reason(error: BaseException) -> str:

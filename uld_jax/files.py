@@ -33,7 +33,7 @@ def locate(address: str | os.PathLike[str]) -> AnyPath:
     """The place that an address or a path names; nothing is asked of it yet.
 
     Args:
-        address: A path of this machine, or gs://BUCKET/PATH.
+        address: A path of this machine, gs://BUCKET/PATH or s3://BUCKET/PATH.
 
     Returns:
         The place.
@@ -192,15 +192,34 @@ def remove_tree(path: AnyPath) -> None:
         path.rmtree()
 
 
-def upload(scratch: AnyPath, path: AnyPath) -> None:
-    """Copies a local file to a bucket, where it appears when all of it is there.
+def copy_file(path: AnyPath, copy: AnyPath) -> None:
+    """Copies a file to a bucket, where it appears when all of it is there, or to the disk.
 
     Args:
-        scratch: The file.
-        path: Its place.
+        path: The file.
+        copy: Its place; directories on the way to it are made.
     """
-    with scratch.open("rb") as source, path.open("wb") as target:
+    make_directory(copy.parent)
+    with path.open("rb") as source, copy.open("wb") as target:
         shutil.copyfileobj(source, target)  # pyright: ignore[reportArgumentType]
+
+
+def cache_folder(kind: str, key: str) -> pathlib.Path:
+    """A directory of this machine for copies of what lies elsewhere.
+
+    Args:
+        kind: What they are.
+        key: Of which.
+
+    Returns:
+        One in $ULD_JAX_CACHE/KIND, else ~/.cache/uld_jax/KIND; it may not be there yet.
+
+    Example:
+        >>> cache_folder("fetched", "gs://bucket/cache").parent.name
+        'fetched'
+    """
+    root = os.environ.get("ULD_JAX_CACHE") or pathlib.Path.home() / ".cache" / "uld_jax"
+    return pathlib.Path(root) / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -231,7 +250,7 @@ def staged(path: AnyPath) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as directory:
         scratch = pathlib.Path(directory) / path.name
         yield scratch
-        upload(scratch, path)
+        copy_file(scratch, path)
 
 
 @contextlib.contextmanager
@@ -264,7 +283,7 @@ def staged_directory(path: AnyPath) -> Iterator[pathlib.Path]:
         else:
             write_text(path / UNFINISHED, "")
             for file in files_below(scratch):
-                upload(file, path / str(file.relative_to(scratch)))
+                copy_file(file, path / str(file.relative_to(scratch)))
             (path / UNFINISHED).unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -350,9 +369,8 @@ def fetched(directory: AnyPath, digests: Mapping[str, str]) -> pathlib.Path:
     """
     if isinstance(directory, pathlib.Path):
         return directory
-    root = os.environ.get("ULD_JAX_CACHE") or pathlib.Path.home() / ".cache" / "uld_jax"
     key = json.dumps([os.fspath(directory), sorted(digests.items())])
-    target = pathlib.Path(root) / "fetched" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    target = cache_folder("fetched", key)
     target.mkdir(parents=True, exist_ok=True)
     for name, digest in digests.items():
         if (target / name).is_file():
@@ -362,8 +380,7 @@ def fetched(directory: AnyPath, digests: Mapping[str, str]) -> pathlib.Path:
             raise UserError(f"{path}: no such file, expected one of {len(digests)}: make it again")
         scratch = target / f".{name}.{os.getpid()}"
         try:
-            with path.open("rb") as source, scratch.open("wb") as copy:
-                shutil.copyfileobj(source, copy)  # pyright: ignore[reportArgumentType]
+            copy_file(path, scratch)
             found = sha256_of(scratch)
             if digest and found != digest:
                 raise UserError(f"{path}: has sha256 {found}, expected {digest}: make it again")

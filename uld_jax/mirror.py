@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 
-from uld_jax.files import AnyPath, files_below, upload
+from uld_jax.files import AnyPath, copy_file, files_below
 
 # Seconds between uploads of a file that grows. Cloud Storage takes one a second of an object.
 PUSH_EVERY = 10
@@ -66,7 +66,7 @@ class Mirror:
             status = os.stat(path)
             version = status.st_mtime_ns, status.st_size
             if self._pushed.get(path) != version:
-                upload(path, self._target / str(path.relative_to(self.local)))
+                copy_file(path, self._target / str(path.relative_to(self.local)))
                 self._pushed[path] = version
         ended = time.monotonic()
         self._due = ended + max(PUSH_EVERY, (ended - began) / PUSH_SHARE)

@@ -1,94 +1,49 @@
-"""Runs, caches and data sets in a bucket: an emulator of Cloud Storage in a process of its own."""
+"""Runs, caches and data sets in buckets: a server of each kind of store in its own process."""
 
-import http.server
-import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
-from etils.epath import backend
 
+from tests.stores import SERVERS, free_port
 from tests.teacher.conftest import Fake, Teacher
 from uld_jax import models
 from uld_jax.cli.main import main
 from uld_jax.data import SignalStore, load_examples
-from uld_jax.files import UNFINISHED, files_below, locate, sha256_of, upload, write_text
+from uld_jax.files import UNFINISHED, copy_file, files_below, locate, sha256_of, write_text
 from uld_jax.mirror import PUSH_EVERY, Mirror
 from uld_jax.train import MEASURED
 from uld_jax.train.checkpoint import DIGESTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BUCKET = "gs://bucket"
-EMULATOR = REPOSITORY / "tests" / "gcs_emulator.py"
-needs_emulator = pytest.mark.skipif(
-    not (importlib.util.find_spec("gcsfs") and importlib.util.find_spec("gcp_storage_emulator")),
-    reason="gcsfs or gcp-storage-emulator is absent: pip install -e '.[test]'",
+in_both = pytest.mark.parametrize(
+    "store", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
 )
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
-def answers(port):
-    with socket.socket() as tried:
-        return tried.connect_ex(("localhost", port)) == 0
-
-
-def client_environment(port):
-    """What leads gcsfs, google-cloud-storage and tensorstore to a server without credentials."""
-    return {
-        "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",
-        "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
-        "GCE_METADATA_ROOT": "localhost:1",
-        "NO_GCE_CHECK": "true",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        "FSSPEC_GCS_TOKEN": "anon",
-    }
-
-
-def forget_clients():
-    """An open file system keeps the address that it was opened with."""
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    fsspec.get_filesystem_class("gcs").clear_instance_cache()
+@pytest.fixture(scope="module", params=sorted(SERVERS))
+def store(request):
+    """A kind of store, whose packages are installed; no server of it yet."""
+    server = SERVERS[request.param]
+    server.skip_if_absent()
+    return server
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    """The environment of a client of an emulator with one bucket."""
-    port, log = free_port(), tmp_path_factory.mktemp("emulator") / "log"
-    command = [sys.executable, EMULATOR, "start", f"--port={port}"]
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [*command, "--host=localhost", "--in-memory", "--default-bucket=bucket", "-q"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + 60
-    while not answers(port):
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    environment = client_environment(port)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-        forget_clients()
+def emulator(store, tmp_path_factory):
+    """The environment of a client of a server with one bucket."""
+    with store.served(tmp_path_factory.mktemp("emulator") / "log") as environment:
         yield environment
-    forget_clients()
-    server.kill()
-    server.wait()
+
+
+@pytest.fixture(scope="module")
+def bucket(store, emulator):
+    return store.bucket
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +66,12 @@ def rows_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def killed(emulator, tiny, tmp_path_factory):
+def killed(store, emulator, tiny, tmp_path_factory):
     """A workdir in the bucket, of a run that was killed after its first checkpoint."""
-    workdir = f"{BUCKET}/runs/killed"
-    commit = locate(workdir) / "checkpoints" / "2" / "commit_success.txt"
+    workdir = f"{store.bucket}/runs/killed"
+    # The last of its files.
+    last = {"gs": "commit_success.txt", "s3": DIGESTS}[store.scheme]
+    commit = locate(workdir) / "checkpoints" / "2" / last
     home = tmp_path_factory.mktemp("home")
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
@@ -123,7 +80,9 @@ def killed(emulator, tiny, tmp_path_factory):
                 *(f"--workdir={workdir}", "--config.train.profile_from=1"),
                 "--config.train.profile_steps=1",
             ],
-            env=os.environ | emulator | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ
+            | emulator
+            | {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), *sys.path))},
             cwd=home,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -145,7 +104,6 @@ def resumed(killed):
     return killed, left
 
 
-@needs_emulator
 @pytest.mark.slow
 def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk_that_was_never_stopped(resumed, trained):
     workdir, left = resumed
@@ -165,11 +123,10 @@ def test_a_killed_run_in_a_bucket_ends_as_one_on_a_disk_that_was_never_stopped(r
     assert len(starts) == 1 + len([n for n in left if n.startswith("tensorboard/")]) + 1
 
 
-@needs_emulator
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_evaluated_and_exported(resumed, trained, uld, tmp_path):
-    workdir, output = resumed[0], f"{BUCKET}/export"
-    scores, expected = f"{BUCKET}/scores.json", tmp_path / "scores.json"
+def test_a_run_in_a_bucket_is_evaluated_and_exported(resumed, trained, uld, tmp_path, bucket):
+    workdir, output = resumed[0], f"{bucket}/export"
+    scores, expected = f"{bucket}/scores.json", tmp_path / "scores.json"
     assert uld("evaluate", f"--workdir={workdir}", f"--output={scores}").status == 0
     assert uld("evaluate", f"--workdir={trained}", f"--output={expected}").status == 0
     assert locate(scores).read_bytes() == expected.read_bytes()
@@ -183,10 +140,9 @@ def test_a_run_in_a_bucket_is_evaluated_and_exported(resumed, trained, uld, tmp_
     assert f"{output}: exists and is not an empty directory; choose another" in result.err
 
 
-@needs_emulator
 @pytest.mark.slow
-def test_a_damaged_checkpoint_in_a_bucket_is_not_used(resumed, uld, caplog):
-    copy = locate(f"{BUCKET}/runs/damaged")
+def test_a_damaged_checkpoint_in_a_bucket_is_not_used(resumed, uld, caplog, bucket):
+    copy = locate(f"{bucket}/runs/damaged")
     for name, data in content(resumed[0]).items():
         if name.startswith(("config.json", "checkpoints/")):
             (copy / name).write_bytes(data)
@@ -197,21 +153,18 @@ def test_a_damaged_checkpoint_in_a_bucket_is_not_used(resumed, uld, caplog):
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(bytes(data))
-    assert uld("export", f"--workdir={copy}", f"--output={BUCKET}/older").status == 0
+    assert uld("export", f"--workdir={copy}", f"--output={bucket}/older").status == 0
     assert (
         f"checkpoint {checkpoints / '4'} is damaged or not complete: trying step 2" in caplog.text
     )
     student = "model.safetensors"
-    assert content(f"{BUCKET}/older")[student] != content(f"{resumed[0]}/student")[student]
+    assert content(f"{bucket}/older")[student] != content(f"{resumed[0]}/student")[student]
 
 
-@needs_emulator
 @pytest.mark.slow
-def test_a_cache_in_a_bucket_holds_and_teaches_what_one_on_a_disk_does(
-    emulator, tiny, uld, tmp_path
-):
+def test_a_cache_in_a_bucket_holds_and_teaches_what_one_on_a_disk_does(bucket, tiny, uld, tmp_path):
     flags = (tiny.config, "--config.teacher.cache_shard_size=6")
-    place = f"{BUCKET}/cache"
+    place = f"{bucket}/cache"
     for output in (place, tmp_path / "cache"):
         assert uld("cache", *flags, f"--output={output}").status == 0
     assert content(place) == content(tmp_path / "cache")
@@ -225,27 +178,27 @@ def test_a_cache_in_a_bucket_holds_and_teaches_what_one_on_a_disk_does(
     assert rows_of(tmp_path / "True") == rows_of(tmp_path / "False")
 
 
-@needs_emulator
-def test_a_damaged_shard_in_a_bucket_is_named(emulator, tiny, uld):
-    place = locate(f"{BUCKET}/damaged")
+@in_both
+def test_a_damaged_shard_in_a_bucket_is_named(bucket, tiny, uld):
+    place = locate(f"{bucket}/damaged")
     assert uld("cache", tiny.config, f"--output={place}").status == 0
     shard = place / "signals-00000.array_record"
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(bytes(data))
     result = uld(
-        *("train", tiny.config, "--config.teacher.mode=cache", f"--workdir={BUCKET}/none"),
+        *("train", tiny.config, "--config.teacher.mode=cache", f"--workdir={bucket}/none"),
         f"--config.teacher.cache={place}",
     )
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert result.err.startswith(f"error: {shard}: has sha256 ")
-    assert not locate(f"{BUCKET}/none").exists()
+    assert not locate(f"{bucket}/none").exists()
 
 
-@needs_emulator
-def test_answers_in_a_bucket_are_those_on_a_disk(emulator, tiny, uld, tmp_path):
+@in_both
+def test_answers_in_a_bucket_are_those_on_a_disk(bucket, tiny, uld, tmp_path):
     flags = (tiny.config, "--config.generate.shard_size=6")
-    place, directory = f"{BUCKET}/answers", tmp_path / "answers"
+    place, directory = f"{bucket}/answers", tmp_path / "answers"
     for output in (place, directory, f"{place}.jsonl", f"{directory}.jsonl"):
         assert uld("generate", *flags, f"--output={output}").status == 0
     assert load_examples(f"generated:{place}", "train") == load_examples(
@@ -262,13 +215,13 @@ def texts_asked(fake):
     return sum(request["echo"] and isinstance(request["prompt"], list) for request in fake.requests)
 
 
-@needs_emulator
+@in_both
 def test_what_a_server_has_said_is_kept_in_the_bucket_until_all_is_there(
-    emulator, tiny, uld, tmp_path, monkeypatch
+    bucket, tiny, uld, tmp_path, monkeypatch
 ):
     teacher, directory = Teacher(), tmp_path / "teacher"
     models.save_pretrained(teacher.loaded, directory)
-    fake, place = Fake(teacher), f"{BUCKET}/served"
+    fake, place = Fake(teacher), f"{bucket}/served"
     flags = (
         *(tiny.config, "--config.data.answers=gold", f"--config.teacher.source={directory}"),
         *("--config.teacher.max_length=250", "--config.teacher.server_model=tiny"),
@@ -290,12 +243,11 @@ def test_what_a_server_has_said_is_kept_in_the_bucket_until_all_is_there(
     assert content(f"{place}/.served") == {}
 
 
-@needs_emulator
-def test_growing_files_are_uploaded_whole_and_not_too_often(emulator, monkeypatch):
-    place, now = locate(f"{BUCKET}/logs"), time.monotonic()
+def test_growing_files_are_uploaded_whole_and_not_too_often(bucket, monkeypatch):
+    place, now = locate(f"{bucket}/logs"), time.monotonic()
     uploads = []
     monkeypatch.setattr(
-        "uld_jax.mirror.upload", lambda path, to: uploads.append(to.name) or upload(path, to)
+        "uld_jax.mirror.copy_file", lambda path, to: uploads.append(to.name) or copy_file(path, to)
     )
     with Mirror(place) as mirror:
         (mirror.local / "a").write_text("1\n")
@@ -323,78 +275,54 @@ def _local(data):
     return path
 
 
-@needs_emulator
 @pytest.mark.parametrize("command", ["train", "export", "evaluate"])
-def test_missing_bucket(emulator, tiny, uld, tmp_path, monkeypatch, command):
+def test_missing_bucket(store, emulator, tiny, uld, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
+    absent = f"{store.scheme}://absent"
     output = () if command == "train" else (f"--output={tmp_path / 'output'}",)
-    result = uld(command, tiny.config, "--workdir=gs://absent/run", *output)
+    result = uld(command, tiny.config, f"--workdir={absent}/run", *output)
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert result.err.startswith("error: --workdir=gs://absent/run: there is no bucket gs://absent")
+    assert result.err.startswith(f"error: --workdir={absent}/run: there is no bucket {absent}")
     assert [*tmp_path.iterdir()] == []
-    assert not locate("gs://absent").exists()
+    assert not locate(absent).exists()
 
 
-class Refusing(http.server.BaseHTTPRequestHandler):
-    """What Cloud Storage says to one without the right to anything, or only to read."""
-
-    readable = False
-
-    def do_GET(self):
-        if self.readable and "/o" not in self.path:
-            return self._answer(200, {"name": "bucket", "kind": "storage#bucket"})
-        if self.readable:
-            return self._answer(200 if "/o?" in self.path else 404, {"kind": "storage#objects"})
-        return self.do_POST()
-
-    def do_POST(self):
-        message = "caller does not have storage.objects access"
-        self._answer(403, {"error": {"code": 403, "message": message}})
-
-    def _answer(self, status, value):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def log_message(self, *_):
-        pass
-
-
-@needs_emulator
 @pytest.mark.parametrize("readable", [False, True])
-def test_a_bucket_that_may_not_be_used(tiny, uld, tmp_path, monkeypatch, readable):
-    kind = type("Kind", (Refusing,), {"readable": readable})
-    server = http.server.ThreadingHTTPServer(("localhost", 0), kind)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in client_environment(server.server_port).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+def test_a_bucket_that_may_not_be_used(store, tiny, uld, tmp_path, monkeypatch, readable):
     monkeypatch.chdir(tmp_path)
-    forget_clients()
-    result = uld("train", tiny.config, "--workdir=gs://bucket/run")
-    server.shutdown()
-    server.server_close()
-    forget_clients()
+    workdir = f"{store.bucket}/run"
+    with store.refusing(readable=readable):
+        result = uld("train", tiny.config, f"--workdir={workdir}")
     assert (result.status, result.err.count("\n")) == (2, 1)
     said = "cannot write there" if readable else "the bucket does not answer"
-    assert result.err.startswith(f"error: --workdir=gs://bucket/run: {said} (Forbidden: ")
-    assert "caller does not have storage.objects access" in result.err
+    assert result.err.startswith(f"error: --workdir={workdir}: {said} (")
+    assert "caller has no right to objects" in result.err
     assert [*tmp_path.iterdir()] == []
 
 
-@needs_emulator
-@pytest.mark.slow  # gcsfs tries six times, in half a minute
-def test_a_store_that_is_not_reached(tiny, uld, tmp_path, monkeypatch):
-    for name, value in client_environment(free_port()).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+def test_a_bucket_without_credentials(tiny, uld, tmp_path, monkeypatch):
+    store = SERVERS["s3"]
+    store.skip_if_absent()
     monkeypatch.chdir(tmp_path)
-    forget_clients()
-    result = uld("train", tiny.config, "--workdir=gs://bucket/run")
-    forget_clients()
+    with store.led_to(free_port()):
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        result = uld("train", tiny.config, "--workdir=s3://bucket/run")
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "gs://bucket/run: the bucket does not answer (Cannot connect to host" in result.err
+    assert "s3://bucket/run: the bucket does not answer (Unable to locate cred" in result.err
+    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or aws configure" in result.err
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow  # gcsfs tries six times, in half a minute
+def test_a_store_that_is_not_reached(store, tiny, uld, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with store.led_to(free_port()):
+        result = uld("train", tiny.config, f"--workdir={store.bucket}/run")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    said = {"gs": "Cannot connect to host", "s3": "Could not connect to the endpoint"}
+    expected = f"/run: the bucket does not answer ({said[store.scheme]}"
+    assert f"error: --workdir={store.bucket}{expected}" in result.err
     assert [*tmp_path.iterdir()] == []
 
 
@@ -402,13 +330,15 @@ def test_a_store_that_is_not_reached(tiny, uld, tmp_path, monkeypatch):
     ("address", "message"),
     [
         ("gs://bucket/run", "needs gcsfs: pip install 'uld-jax[gcs]'"),
-        ("s3://bucket/run", "expected a path of this machine or gs://BUCKET/PATH"),
+        ("s3://bucket/run", "needs s3fs: pip install 'uld-jax[s3]'"),
+        ("ftp://host/run", "a path of this machine or gs://BUCKET/PATH or s3://BUCKET/PATH"),
         ("gs://", "expected gs://BUCKET/PATH, found no bucket in it"),
     ],
 )
 @pytest.mark.parametrize("flag", ["workdir", "output"])
 def test_an_address_that_is_not_understood(uld, tmp_path, monkeypatch, flag, address, message):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
     given = {"workdir": tmp_path / "run", "output": tmp_path / "out", flag: address}
     result = uld("export", *(f"--{name}={value}" for name, value in given.items()))
     assert (result.status, result.err.count("\n")) == (2, 1)

@@ -37,6 +37,7 @@ from uld_jax.files import AnyPath, locate, make_directory, remove_tree, write_js
 from uld_jax.processes import agreed, is_first, wait_for_all
 from uld_jax.sharding import parameter_rules
 from uld_jax.train import adapt, restore_params
+from uld_jax.train.staging import in_orbax
 
 console = Console()
 
@@ -120,6 +121,12 @@ def claim_workdir(path: str, config: RunConfig) -> AnyPath:
         UserError: It cannot be made or written.
     """
     workdir = locate(path)
+    if jax.process_count() > 1 and not in_orbax(workdir):
+        raise UserError(
+            f"--workdir={path}: {jax.process_count()} processes write the parts of one checkpoint, "
+            "which orbax does not do in this store: give a directory that all of them see or "
+            "gs://BUCKET/PATH, or train in one process"
+        )
     wait_for_all("all that is read before the workdir")
     if not is_first():
         wait_for_all("workdir")

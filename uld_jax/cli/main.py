@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--workdir",
             metavar="DIR",
             required=name in ("train", "export"),
-            help="the run's directory, or gs://BUCKET/PATH: config, checkpoints, metrics, results",
+            help="the run's directory, or gs:// or s3://BUCKET/PATH: config, checkpoints, results",
         )
         if name in ("generate", "cache", "export"):
             command.add_argument("--output", metavar="PATH", required=True, help="what to write")

@@ -70,7 +70,7 @@ class TeacherConfig(BaseModelConfig):
         append_eos: end its answer with its end-of-sequence token.
         max_new_tokens: tokens; the longest answer that it generates (the paper's runs: 150).
         batch_size: prompts that it answers, or texts that it reads for a cache, at a time.
-        cache: that directory, or gs://BUCKET/PATH.
+        cache: that directory, or gs:// or s3://BUCKET/PATH.
         cache_epsilon: of each distribution a cache leaves out probabilities of this sum at most;
             its error in ULD is at most 1.5 times as much.
         cache_cap: probabilities of a position; one that needs more has a larger error.

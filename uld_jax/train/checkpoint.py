@@ -18,6 +18,7 @@ from uld_jax import buckets
 from uld_jax.errors import UserError
 from uld_jax.files import AnyPath, absolute, files_below, sha256_of, write_text
 from uld_jax.processes import agreed, is_first, is_lost_process
+from uld_jax.train.staging import Stage
 from uld_jax.train.state import TrainState, param_shardings
 
 # In each checkpoint, written when all the rest is on the disk; `sha256sum -c` reads it.
@@ -47,27 +48,31 @@ class Checkpoints:
     def __init__(self, directory: AnyPath, *, keep: int | None) -> None:
         self.directory = directory
         self._saving = 0
+        self._stage = Stage(directory, keep=keep, seal=DIGESTS)
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=self._stage.keep,
                 create=True,
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
-        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+        self._manager = ocp.CheckpointManager(absolute(self._stage.local), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._writing():
-            self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            self._stage.close()
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, newest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        return sorted({*self._manager.all_steps(), *self._stage.steps()}, reverse=True)
 
     def save(self, state: TrainState, iterator_state: dict[str, Any]) -> None:
         """Starts writing the state; returns as soon as it is copied off the devices.
@@ -155,11 +160,14 @@ class Checkpoints:
         steps = self.steps()
         for step, older in zip(steps, [*steps[1:], None], strict=False):
             path = self.directory / str(step)
-            if not _is_whole(path):
+            copy = self._stage.fetch(step)
+            self._manager.reload()
+            if not _is_whole(copy):
                 instead = "there is none before it" if older is None else f"trying step {older}"
                 log.warning("checkpoint %s is damaged or not complete: %s", path, instead)
                 if remove_damaged:
                     self._manager.delete(step)
+                    self._stage.remove(step)
                 continue
             self._check_model(step, params)
             try:
@@ -195,8 +203,9 @@ class Checkpoints:
         if is_first():
             # On a disk its name has an end yet that is taken away; in a bucket nothing is renamed.
             step = str(self._saving)
-            (path,) = (p for p in self.directory.iterdir() if p.name.split(".")[0] == step)
+            (path,) = (p for p in self._stage.local.iterdir() if p.name.split(".")[0] == step)
             write_text(path / DIGESTS, _digests(path))
+            self._stage.push(path, self._saving)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
