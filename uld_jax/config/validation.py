@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from uld_jax.config import streaming
 from uld_jax.config.convert import flatten, raise_all
 from uld_jax.config.fields import value_error
+from uld_jax.config.loss import LossConfig
 from uld_jax.config.schema import GenerateConfig, MeshConfig, RunConfig, TeacherConfig
 
 
@@ -49,6 +50,7 @@ got ''; set --config.student.source=..."
         if sound(f"{name}."):
             errors += _cache_errors(name, teacher, config.train.on_policy_fraction)
             errors += _server_errors(name, teacher, config.loss.teacher_temperature)
+            errors += _feature_errors(name, teacher, config.loss) if sound("loss.") else []
     if sound("generate."):
         errors += _generate_errors(config.generate)
     errors += [
@@ -146,6 +148,19 @@ def _server_errors(name: str, teacher: TeacherConfig, temperature: float) -> lis
             f"probabilities at 1 alone, got {temperature}; set --config.loss.teacher_temperature=1"
         )
     return errors
+
+
+def _feature_errors(name: str, teacher: TeacherConfig, loss: LossConfig) -> list[str]:
+    weights = {"hidden_weight": loss.hidden_weight, "attention_weight": loss.attention_weight}
+    used = [f"loss.{weight}" for weight, value in weights.items() if value > 0]
+    if not used or teacher.mode == "online":
+        return []
+    return [
+        f"{name}.mode: expected online where {' and '.join(used)} "
+        f"{'are' if len(used) > 1 else 'is'} above 0, for only a model that reads in the step has "
+        f"hidden states and attention, got {teacher.mode!r}; set --config.{name}.mode=online, or "
+        + " ".join(f"--config.{weight}=0" for weight in used)
+    ]
 
 
 def _generate_errors(generate: GenerateConfig) -> list[str]:
