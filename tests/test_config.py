@@ -195,6 +195,11 @@ UNSOUND = {
     "loss.label_smoothing": 1.0,
     "loss.z_loss": -0.1,
     "loss.chunk_size": 0,
+    "loss.hidden_weight": -0.1,
+    "loss.hidden_kind": "kl",
+    "loss.attention_weight": -0.1,
+    "loss.attention_kind": "cosine",
+    "loss.feature_layers": "first",
     "optimizer.learning_rate": 0.0,
     "optimizer.schedule": "linear",
     "optimizer.pct_start": 1.0,
@@ -264,6 +269,26 @@ def test_a_cache_that_cannot_be(overrides, error):
     (found,) = validate(apply_overrides(SOUND, overrides)[0])
     assert found.startswith(error)
     assert "set --config.teacher.cache" in found
+
+
+def test_features_need_teachers_that_read_in_the_step():
+    stream = {"teacher.mode": "stream", "teacher.devices": 4}
+    overrides = {**stream, "loss.hidden_weight": 1, "loss.attention_weight": 1}
+    (error,) = validate(apply_overrides(SOUND, overrides)[0], device_count=8)
+    assert error.startswith(
+        "teacher.mode: expected online where loss.hidden_weight and loss.attention_weight are "
+        "above 0, "
+    )
+    assert error.endswith(
+        ", got 'stream'; set --config.teacher.mode=online, or --config.loss.hidden_weight=0 "
+        "--config.loss.attention_weight=0"
+    )
+    cached = {"teacher.mode": "cache", "teacher.cache": "c"}
+    overrides = {**cached, "loss.attention_weight": 1}
+    (error,) = validate(apply_overrides(SOUND, overrides)[0], device_count=8)
+    assert error.startswith("teacher.mode: expected online where loss.attention_weight is above")
+    online = {"train.on_policy_fraction": 0.5, "loss.hidden_weight": 1}
+    assert validate(apply_overrides(SOUND, online)[0], device_count=8) == []
 
 
 def test_choices_and_default_are_named():

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from uld_jax.losses.features import attention_loss, hidden_state_loss, layer_map
+from uld_jax.losses.features import (
+    aligned_keys,
+    attention_loss,
+    attention_map,
+    hidden_state_loss,
+    layer_map,
+)
 
 T = 4
 CAUSAL = np.tril(np.ones((T, T), bool))
@@ -211,6 +217,54 @@ def test_unknown_kinds_are_refused_with_the_valid_ones():
         hidden_state_loss(jnp.zeros(3), jnp.zeros(3), kind="kl")
     with pytest.raises(ValueError, match=r"kind: unknown 'cosine'; expected one of 'mse', 'kl'$"):
         attention_loss(jnp.zeros((1, 2, 2)), jnp.zeros((1, 2, 2)), kind="cosine")
+
+
+ROWS = np.array([[0, 0, 0, 1, 1, 0], [2, 3, 3, 3, 0, 0]])
+WEIGHTS = np.array([[1, 2, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0]], np.float32)
+
+
+def whole_map64(query, key, mask, bias, scale, softcap):
+    """Key by key, where the score may be anything where the mask is False."""
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    heads, groups = query.shape[2], query.shape[2] // key.shape[2]
+    found = np.zeros((len(query), heads, T + 2, T + 2))
+    for b, h, i in np.ndindex(found.shape[:3]):
+        keys = np.flatnonzero(mask[b, i])
+        scores = key[b, keys, h // groups] @ query[b, i, h] * scale
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
+        scores += 0 if bias is None else np.asarray(bias, np.float64)[b, h, i, keys]
+        found[b, h, i, keys] = np.exp(scores) / np.exp(scores).sum()
+    return found
+
+
+@pytest.mark.parametrize(("softcap", "biased"), [(0.0, False), (2.0, True)])
+def test_a_map_of_aligned_positions_equals_its_formula_in_float64(softcap, biased):
+    query, key = random_array((2, T + 2, 4, 3), 30), random_array((2, T + 2, 2, 3), 31)
+    bias = random_array((2, 4, T + 2, T + 2), 32) if biased else None
+    mask = np.zeros((2, T + 2, T + 2), bool)
+    for b, i, j in np.ndindex(mask.shape):
+        aligned = WEIGHTS[b, i] > 0 and WEIGHTS[b, j] > 0
+        mask[b, i, j] = aligned and ROWS[b, i] == ROWS[b, j] and j <= i
+    np.testing.assert_array_equal(aligned_keys(ROWS, WEIGHTS), mask)
+    found = attention_map(query, key, mask, bias, scale=0.7, softcap=softcap)
+    assert found.dtype == jnp.float32
+    expected = whole_map64(query, key, mask, bias, 0.7, softcap)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_a_map_are_right_and_finite_where_nothing_is_seen():
+    with jax.enable_x64(True):
+        query = random_array((2, T + 2, 4, 3), 33).astype(jnp.float64)
+        key = random_array((2, T + 2, 2, 3), 34).astype(jnp.float64)
+        mask = aligned_keys(ROWS, WEIGHTS)
+        check_grads(
+            lambda q, k: attention_map(q, k, mask, scale=0.7, softcap=3.0),
+            (query, key),
+            order=1,
+            modes=["rev"],
+        )
+        gradient = jax.grad(lambda q: (attention_map(q, key, mask, scale=1.0) ** 2).sum())(query)
+        np.testing.assert_array_equal(gradient[WEIGHTS == 0], 0)
 
 
 def test_jit_vmap_and_scan_agree_with_a_batch():

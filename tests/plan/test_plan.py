@@ -4,11 +4,14 @@ import json
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from tests.plan.commands import STUDENT, run_commands, write_config
 from uld_jax.cli.main import main
+from uld_jax.config import LossConfig, RunConfig
 from uld_jax.plan import CHIPS, size
+from uld_jax.plan.abstract import abstract_mesh, abstract_step
 from uld_jax.testing import tiny_config, tiny_gemma
 
 CONFIG = """
@@ -297,3 +300,13 @@ def test_the_step_lowers_for_cuda(uld, tmp_path, changes):
     has_teacher = "--config.teacher.mode=cache" not in changes
     assert (found["bytes"]["teacher parameters"] > 0) == has_teacher
     assert (found["model_flops"]["teacher"] > 0) == has_teacher
+
+
+def test_projections_of_hidden_states_are_part_of_a_planned_step():
+    config = RunConfig(loss=LossConfig(hidden_weight=1.0, attention_weight=1.0))
+    made_of = {"student": tiny_config(), "teacher": tiny_gemma(width=48)}
+    step = abstract_step(config, made_of, abstract_mesh(config, 1))
+    assert step.state.params["projections"]["0"].shape == (1, 32, 48)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(config, 1)):
+        state, _ = jax.eval_shape(step.program.step, *step.arguments)
+    assert state.params["projections"]["0"].shape == (1, 32, 48)

@@ -319,7 +319,8 @@ def _distil(job: Job, loader: Loader, track: Track) -> models.Decoder:
                 said = now
                 say(
                     f"step {step}/{steps}: loss {row['total']:.3f} = CE {row['cross_entropy']:.3f}"
-                    f" + {job.config.loss.uld_weight:g} · {name.upper()} {row[name]:.3f}; "
+                    f" + {job.config.loss.uld_weight:g} · {name.upper()} {row[name]:.3f}"
+                    f"{_of_features(job.config.loss, row)}; "
                     f"{row['seconds']:.2f} s, {row['tokens_per_second']:,.0f} tokens/s"
                 )
 
@@ -334,6 +335,14 @@ def _distil(job: Job, loader: Loader, track: Track) -> models.Decoder:
             on_policy=_on_policy(job),
             progress=show,
         )
+
+
+def _of_features(loss: configs.LossConfig, row: Mapping[str, float]) -> str:
+    """What hidden states and attention add to the loss, where they are compared."""
+    weights = {"hidden": loss.hidden_weight, "attention": loss.attention_weight}
+    return "".join(
+        f" + {weight:g} · {name} {row[name]:.4f}" for name, weight in weights.items() if weight
+    )
 
 
 def _save(job: Job, before: dict[str, Any], after: dict[str, Any], *, steps: int) -> None:

@@ -35,6 +35,15 @@ class LossConfig:
         label_smoothing: of the cross-entropy.
         z_loss: weight of the squared log-normaliser that is added to the cross-entropy.
         chunk_size: answer positions whose logits exist at a time.
+        hidden_weight: of the distance between hidden states at the aligned positions, which is
+            added to the total; the student's go through a learned projection. Needs teachers whose
+            mode is online, as attention_weight does.
+        hidden_kind: mse (squared error, TinyBERT) | cosine (1 - cosine similarity, DistilBERT).
+        attention_weight: of the distance between attention maps over the aligned positions, which
+            is added to the total.
+        attention_kind: mse (squared error, TinyBERT) | kl (from teacher to student, MiniLM).
+        feature_layers: which layers both compare: last (the student's last with the teacher's) |
+            all (each of the student's with one of the teacher's, evenly spread).
     """
 
     uld_weight: float = rules.at_least(0, 1.5)
@@ -54,3 +63,8 @@ class LossConfig:
     label_smoothing: float = rules.share(0.0)
     z_loss: float = rules.at_least(0, 0.0)
     chunk_size: int = rules.at_least(1, 32)
+    hidden_weight: float = rules.at_least(0, 0.0)
+    hidden_kind: str = rules.choice("mse", "cosine")
+    attention_weight: float = rules.at_least(0, 0.0)
+    attention_kind: str = rules.choice("mse", "kl")
+    feature_layers: str = rules.choice("last", "all")

@@ -48,6 +48,7 @@ got ''; set --config.student.source=..."
             errors += _cache_errors(name, teacher, config.train.on_policy_fraction)
             errors += _server_errors(name, teacher, config.loss.teacher_temperature)
             errors += _distance_errors(name, teacher, config.loss.distance)
+            errors += _feature_errors(name, teacher, config.loss) if sound("loss.") else []
     if sound("generate."):
         errors += _generate_errors(config.generate)
     errors += [
@@ -177,6 +178,19 @@ def _server_errors(name: str, teacher: TeacherConfig, temperature: float) -> lis
             f"probabilities at 1 alone, got {temperature}; set --config.loss.teacher_temperature=1"
         )
     return errors
+
+
+def _feature_errors(name: str, teacher: TeacherConfig, loss: LossConfig) -> list[str]:
+    weights = {"hidden_weight": loss.hidden_weight, "attention_weight": loss.attention_weight}
+    used = [f"loss.{weight}" for weight, value in weights.items() if value > 0]
+    if not used or teacher.mode == "online":
+        return []
+    return [
+        f"{name}.mode: expected online where {' and '.join(used)} "
+        f"{'are' if len(used) > 1 else 'is'} above 0, for only a model that reads in the step has "
+        f"hidden states and attention, got {teacher.mode!r}; set --config.{name}.mode=online, or "
+        + " ".join(f"--config.{weight}=0" for weight in used)
+    ]
 
 
 def _generate_errors(generate: GenerateConfig) -> list[str]:

@@ -13,7 +13,13 @@ from uld_jax.losses.divergences import (
     skewed_reverse_kl_divergence,
     total_variation_distance,
 )
-from uld_jax.losses.features import attention_loss, hidden_state_loss, layer_map
+from uld_jax.losses.features import (
+    aligned_keys,
+    attention_loss,
+    attention_map,
+    hidden_state_loss,
+    layer_map,
+)
 from uld_jax.losses.fused import (
     FusedLoss,
     fused_divergence_cross_entropy,
@@ -45,7 +51,9 @@ __all__ = [
     "TokenTeacher",
     "Transport",
     "Uld",
+    "aligned_keys",
     "attention_loss",
+    "attention_map",
     "cross_entropy",
     "distillation_loss",
     "fused_divergence_cross_entropy",

@@ -1,7 +1,8 @@
 """Distillation of hidden states and attention maps: the baselines that look inside the models.
 
-Both need aligned positions. A learned projection is a plain array among the trained parameters;
-gradients reach it and the student, never the teacher.
+Both need aligned positions. Models with different tokens have attention maps of different sizes,
+so `attention_map` makes them of the aligned positions alone. A learned projection is a plain array
+among the trained parameters; gradients reach it and the student, never the teacher.
 """
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-__all__ = ["attention_loss", "hidden_state_loss", "layer_map"]
+__all__ = ["aligned_keys", "attention_loss", "attention_map", "hidden_state_loss", "layer_map"]
 
 HIDDEN_KINDS = ("mse", "cosine")
 ATTENTION_KINDS = ("mse", "kl")
@@ -129,6 +130,76 @@ def attention_loss(
         floor = jnp.finfo(student.dtype).tiny
         gaps = optax.losses.kl_divergence(jnp.log(jnp.maximum(student, floor)), teacher)
     return gaps.mean(-2)
+
+
+def aligned_keys(rows: ArrayLike, weights: ArrayLike) -> jax.Array:
+    """Which aligned positions the query of each one may see: those up to it in its own text.
+
+    Args:
+        rows: int[*b, N], which text each position is of; a text's positions are in order.
+        weights: [*b, N], 0 where the position is not aligned: such a one sees none and is not seen.
+
+    Returns:
+        bool[*b, N, N], query by key.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from uld_jax.losses.features import aligned_keys
+        >>> aligned_keys(jnp.array([0, 0, 1]), jnp.ones(3)).astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    rows, aligned = jnp.asarray(rows), jnp.asarray(weights) > 0
+    same = rows[..., :, None] == rows[..., None, :]
+    both = aligned[..., :, None] & aligned[..., None, :]
+    return jnp.tril(same & both)
+
+
+def attention_map(
+    query: ArrayLike,
+    key: ArrayLike,
+    mask: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """A layer's attention among some of its tokens: what it gives to others, these share.
+
+    map_hij = softmax over the allowed j of score_hij, score = softcap(scale · q_i · k_j) + bias_hij
+    with softcap(x) = c · tanh(x / c). It is the layer's whole attention, divided by its sum over
+    the allowed keys.
+
+    Args:
+        query: [*b, N, H, h], rotated if the layer rotates them; computed in f32 (f64 for f64).
+        key: [*b, N, K, h], likewise; key head k serves the H / K query heads from k · H / K on.
+        mask: bool[*b, N, N], True where the query may see the key; other scores count for nothing.
+        bias: [*b, H, N, N], added to the scores (ALiBi, T5's table), or None.
+        scale: of the products.
+        softcap: c, 0 for none.
+
+    Returns:
+        f32[*b, H, N, N] (f64 where query is f64), whose rows add up to 1, or are 0 for a query that
+        sees no key.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from uld_jax.losses.features import attention_map
+        >>> query, key = jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4))
+        >>> attention_map(query, key, jnp.tril(jnp.ones((2, 2), bool)), scale=0.5).tolist()
+        [[[1.0, 0.0], [0.5, 0.5]]]
+    """
+    query, key = _in_float32(query, key)
+    groups = query.shape[-2] // key.shape[-2]
+    key = jnp.repeat(key, groups, axis=-2)
+    scores = scale * jnp.einsum("...ihd,...jhd->...hij", query, key)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += jnp.asarray(bias, scores.dtype)
+    allowed = jnp.expand_dims(jnp.asarray(mask), -3)
+    # Of a row without keys the softmax over finite numbers is finite, and so is its gradient.
+    scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
+    return jnp.where(allowed, jax.nn.softmax(scores), 0)
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:

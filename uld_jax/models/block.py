@@ -12,6 +12,7 @@ from flax import nnx
 from uld_jax.models import layers
 from uld_jax.models.cache import KVCache
 from uld_jax.models.config import DecoderConfig
+from uld_jax.models.features import Watch
 from uld_jax.models.flash import splash_attention
 from uld_jax.models.projection import project
 from uld_jax.models.rope import rotary_angles, rotary_frequencies, rotate
@@ -274,7 +275,8 @@ def run_block(
     kv: Any,
     cache: KVCache | None,
     cross: Callable[[jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, Any]:
+    watch: Watch | None = None,
+) -> tuple[jax.Array, Any, Any]:
     """One layer: attention, MLP, residuals, and norms where the family has them.
 
     Args:
@@ -286,12 +288,13 @@ def run_block(
         kv: All layers' keys and values so far, or None without a cache.
         cache: Where the tokens stand in it, or None.
         cross: Applied between attention and the MLP: an encoder-decoder's cross-attention.
+        watch: Told of the layer, or None.
 
     Returns:
-        Its output, and all layers' keys and values.
+        Its output, all layers' keys and values, and what the watch makes of the layer.
     """
     y_BTD = norm(c, p, "attention_norm", x_BTD) if c.input_norms else x_BTD
-    attended_BTD, kv = _attend(c, p.attention, y_BTD, view, flags, kv, cache)
+    attended_BTD, kv, factors = _attend(c, p.attention, y_BTD, view, flags, kv, cache)
     if c.parallel:
         y_BTD = y_BTD if c.shared_norm else norm(c, p, "mlp_norm", x_BTD)
         x_BTD = x_BTD + attended_BTD + _mlp(c, p.mlp, y_BTD)
@@ -300,7 +303,8 @@ def run_block(
         x_BTD = x_BTD if cross is None else cross(x_BTD)
         y_BTD = norm(c, p, "mlp_norm", x_BTD) if c.input_norms else x_BTD
         x_BTD = _add(c, p, "mlp", x_BTD, _mlp(c, p.mlp, y_BTD))
-    return constrain(x_BTD, "batch", "length", None), kv
+    x_BTD = constrain(x_BTD, "batch", "length", None)
+    return x_BTD, kv, watch and watch(x_BTD, *factors)
 
 
 def _add(c: DecoderConfig, p: Blocks, part: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -318,7 +322,8 @@ def _attend(
     flags: tuple[jax.Array, jax.Array, jax.Array],
     kv: Any,
     cache: KVCache | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array]]:
+    """Attention's output, all layers' keys and values, and the layer's queries and keys."""
     is_local, unrotated, index = flags
     mask_BTS, angles = view.of(is_local, unrotated)
 
@@ -348,7 +353,7 @@ def _attend(
             jax.lax.dynamic_index_in_dim(all_, index, keepdims=False).astype(q.dtype) for all_ in kv
         )
     y_BTHh = view.attend(q, k, v, is_local, mask_BTS)
-    return project(p, "out", y_BTHh.reshape(*y_BTD.shape[:2], -1)), kv
+    return project(p, "out", y_BTHh.reshape(*y_BTD.shape[:2], -1)), kv, (q, k)
 
 
 def _mlp(c: DecoderConfig, p: MLP, y_BTD: jax.Array) -> jax.Array:

@@ -9,9 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uld_jax.models import layers
-from uld_jax.models.block import Blocks, View, add_norm, layer_flags, norm, run_block, weight
+from uld_jax.models.block import (
+    Blocks,
+    View,
+    add_norm,
+    layer_flags,
+    norm,
+    run_block,
+    weight,
+)
 from uld_jax.models.cache import KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
+from uld_jax.models.features import Features, Watch
 from uld_jax.models.flash import choose_backend
 from uld_jax.models.projection import matrix, table_rows
 from uld_jax.sharding import constrain
@@ -103,13 +112,35 @@ class Decoder(nnx.Module):
 
         (With an embedding of another width, OPT-350m, they have that width.)
         """
+        return self.features(tokens_BT, positions, segment_ids).hidden_BTD
+
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        watch: Watch | None = None,
+    ) -> Features:
+        """Final hidden states, and what a watch keeps of every layer.
+
+        Args:
+            tokens_BT: int32 token ids.
+            positions: int32[B, T], by default 0 … T-1.
+            segment_ids: int32[B, T]: tokens see their own segment only; 0 for padding.
+            watch: Told of every layer; what it does not return is not kept.
+
+        Returns:
+            The features.
+        """
         backend = "xla"
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
             backend = choose_backend(self.config, self.policy, tokens_BT.shape[1])
         mask = layers.attention_mask(positions, positions, segment_ids, segment_ids)
         view = View(self.config, positions, positions, mask, backend, segment_ids)
-        return self._run(tokens_BT, positions, view, None)[0]
+        hidden_BTD, _, kept = self._run(tokens_BT, positions, view, None, watch=watch)
+        return Features(hidden_BTD, kept, view.bias_BHTS)
 
     def reader(self) -> Callable[[jax.Array, jax.Array, KVCache], tuple[jax.Array, KVCache]]:
         """`read` for a loop over single tokens; call it before the loop.
@@ -146,7 +177,7 @@ class Decoder(nnx.Module):
         k_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, slots)
         mask = layers.attention_mask(positions_BT, k_positions)
         view = View(self.config, positions_BT, k_positions, mask)
-        x_BTD, (k, v) = self._run(tokens_BT, positions_BT, view, cache, blocks)
+        x_BTD, (k, v), _ = self._run(tokens_BT, positions_BT, view, cache, blocks)
         length = (cache.length + tokens_BT.shape[1]) % k_positions.shape[1]
         return x_BTD, KVCache(k, v, k_positions, length)
 
@@ -179,22 +210,25 @@ class Decoder(nnx.Module):
         view: View,
         cache: KVCache | None,
         blocks: Sequence[nnx.State] | None = None,
-    ) -> tuple[jax.Array, Any]:
+        watch: Watch | None = None,
+    ) -> tuple[jax.Array, Any, Any]:
         """Embeds, scans the block over the layers (or goes through `blocks`), and norms."""
         c, dtype = self.config, jnp.dtype(self.policy.dtype)
         x_BTD = self._embed(tokens_BT, positions_BT, dtype)
         graph, params = nnx.split(self.blocks)
 
-        def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        def body(carry: Any, layer: Any) -> tuple[Any, Any]:
             x_BTD, kv = carry
             weights, flags = layer
-            return run_block(c, nnx.merge(graph, weights), x_BTD, view, flags, kv, cache), None
+            p = nnx.merge(graph, weights)
+            *carry, kept = run_block(c, p, x_BTD, view, flags, kv, cache, watch=watch)
+            return tuple(carry), kept
 
         if self.policy.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.policy.remat])
-        kv = None if cache is None else (cache.k_LBSKh, cache.v_LBSKh)
+        kv, kept = None if cache is None else (cache.k_LBSKh, cache.v_LBSKh), None
         if blocks is None:
-            (x_BTD, kv), _ = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c)))
+            (x_BTD, kv), kept = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c)))
         for i, own in enumerate(blocks or ()):
             flags = jax.tree.map(lambda flag_L, i=i: flag_L[i], layer_flags(c))
             (x_BTD, kv), _ = body((x_BTD, kv), (own, flags))
@@ -202,7 +236,7 @@ class Decoder(nnx.Module):
             x_BTD = norm(c, self, "norm", x_BTD)
         if c.embed_width:
             x_BTD = x_BTD @ self.embed_out[...].astype(dtype)
-        return x_BTD, kv
+        return x_BTD, kv, kept
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, dtype: Any) -> jax.Array:
         c = self.config

@@ -23,6 +23,7 @@ from uld_jax.models.cache import CrossCache, KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.decoder import REMAT_POLICIES
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from uld_jax.models.features import Features, Watch
 from uld_jax.models.projection import matrix, project, table_rows
 from uld_jax.models.relative import position_bias
 from uld_jax.sharding import constrain
@@ -158,6 +159,37 @@ class EncoderDecoder(nnx.Module):
         Returns:
             [B, T, D].
         """
+        return self.features(
+            tokens_BT,
+            positions,
+            segment_ids,
+            encoder_tokens=encoder_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+        ).hidden_BTD
+
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        encoder_tokens: jax.Array,
+        encoder_segment_ids: jax.Array | None = None,
+        watch: Watch | None = None,
+    ) -> Features:
+        """Final hidden states of the decoder, and what a watch keeps of every layer of it.
+
+        Args:
+            tokens_BT: As for `hidden`, as are all arguments but the last.
+            positions: See there.
+            segment_ids: See there.
+            encoder_tokens: See there.
+            encoder_segment_ids: See there.
+            watch: Told of every layer: its output, and queries and keys of its self-attention.
+
+        Returns:
+            The features.
+        """
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None]
         if encoder_segment_ids is None:
@@ -167,7 +199,8 @@ class EncoderDecoder(nnx.Module):
         encoded_BPD = self.encode(encoder_tokens, encoder_segment_ids)
         mask_BTT = layers.attention_mask(positions, positions, segment_ids, segment_ids)
         sees_BTP = segment_ids[:, :, None] == encoder_segment_ids[:, None, :]
-        return self._decode(tokens_BT, positions, positions, mask_BTT, sees_BTP, encoded_BPD)[0]
+        places = (positions, positions, mask_BTT, sees_BTP)
+        return self._decode(tokens_BT, *places, encoded_BPD, watch=watch)[0]
 
     def encode(self, tokens_BP: jax.Array, segments_BP: jax.Array) -> jax.Array:
         """The encoder's output.
@@ -188,7 +221,7 @@ class EncoderDecoder(nnx.Module):
             self.encoder, c, at, at, mask_BPP, bidirectional=True, max_distance=far
         )
 
-        def block(p: Any, x_BTD: jax.Array, flags: Any, _: Any, kv: Any) -> tuple[jax.Array, Any]:
+        def block(p: Any, x_BTD: jax.Array, flags: Any, _: Any, kv: Any) -> tuple[Any, ...]:
             return run_block(c, p, x_BTD, view, flags, kv, None)
 
         return self._scan(self.encoder, c, block, self._embed(tokens_BP), None, None)[0]
@@ -237,7 +270,7 @@ class EncoderDecoder(nnx.Module):
         slots = (0, own.length)
         k_positions = jax.lax.dynamic_update_slice(own.positions_BS, positions_BT, slots)
         mask_BTS = layers.attention_mask(positions_BT, k_positions)
-        hidden_BTD, (k, v) = self._decode(
+        (hidden_BTD, *_), (k, v) = self._decode(
             tokens_BT,
             positions_BT,
             k_positions,
@@ -258,7 +291,8 @@ class EncoderDecoder(nnx.Module):
         sees_BTP: jax.Array,
         encoded_BPD: jax.Array | None = None,
         cache: CrossCache | None = None,
-    ) -> tuple[jax.Array, Any]:
+        watch: Watch | None = None,
+    ) -> tuple[Features, Any]:
         """Runs the decoder's stack on an encoded prompt, or on one that is in the cache."""
         c = self.config.decoder
         far = self.config.max_distance
@@ -266,9 +300,7 @@ class EncoderDecoder(nnx.Module):
         view = _RelativeView(self.decoder, c, *places, bidirectional=False, max_distance=far)
         own = cache and cache.own
 
-        def block(
-            p: Any, x_BTD: jax.Array, flags: Any, prompt: Any, kv: Any
-        ) -> tuple[jax.Array, Any]:
+        def block(p: Any, x_BTD: jax.Array, flags: Any, prompt: Any, kv: Any) -> tuple[Any, ...]:
             def cross(x_BTD: jax.Array) -> jax.Array:
                 look = prompt if encoded_BPD is None else self._project_prompt(encoded_BPD, p.cross)
                 y_BTD = norm(c, p, "cross_norm", x_BTD)
@@ -278,27 +310,29 @@ class EncoderDecoder(nnx.Module):
                 y_BTX = y_BTHh.reshape(*x_BTD.shape[:2], -1)
                 return x_BTD + project(p.cross, "out", y_BTX)
 
-            return run_block(c, p, x_BTD, view, flags, kv, own, cross=cross)
+            return run_block(c, p, x_BTD, view, flags, kv, own, cross=cross, watch=watch)
 
         kv = own and (own.k_LBSKh, own.v_LBSKh)
         prompt = cache and (cache.k_LBPHh, cache.v_LBPHh)
-        x_BTD, kv = self._scan(self.decoder, c, block, self._embed(tokens_BT), prompt, kv)
-        return x_BTD * (self.config.width**-0.5 if self.config.scaled_head else 1.0), kv
+        x_BTD, kv, kept = self._scan(self.decoder, c, block, self._embed(tokens_BT), prompt, kv)
+        x_BTD *= self.config.width**-0.5 if self.config.scaled_head else 1.0
+        return Features(x_BTD, kept, view.bias_BHTS), kv
 
     def _scan(
         self, stack: Stack, c: DecoderConfig, block: Any, x_BTD: jax.Array, prompt: Any, kv: Any
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, Any]:
         """Scans a block over a stack's layers, and norms."""
         graph, params = nnx.split(stack.blocks)
 
-        def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        def body(carry: Any, layer: Any) -> tuple[Any, Any]:
             weights, flags, prompt = layer
-            return block(nnx.merge(graph, weights), carry[0], flags, prompt, carry[1]), None
+            *carry, kept = block(nnx.merge(graph, weights), carry[0], flags, prompt, carry[1])
+            return tuple(carry), kept
 
         if self.policy.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.policy.remat])
-        (x_BTD, kv), _ = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c), prompt))
-        return norm(c, stack, "norm", x_BTD), kv
+        (x_BTD, kv), kept = jax.lax.scan(body, (x_BTD, kv), (params, layer_flags(c), prompt))
+        return norm(c, stack, "norm", x_BTD), kv, kept
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return constrain(

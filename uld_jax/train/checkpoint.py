@@ -19,7 +19,7 @@ from uld_jax.errors import UserError
 from uld_jax.files import AnyPath, absolute, files_below, sha256_of, write_text
 from uld_jax.processes import agreed, is_first, is_lost_process
 from uld_jax.train.staging import Stage
-from uld_jax.train.state import TrainState, param_shardings
+from uld_jax.train.state import TrainState, param_shardings, split_projections
 
 # In each checkpoint, written when all the rest is on the disk; `sha256sum -c` reads it.
 DIGESTS = "SHA256SUMS"
@@ -85,8 +85,8 @@ class Checkpoints:
             UserError: This checkpoint, or the one before, could not be written.
         """
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "key": state.key}),
+            params=ocp.args.StandardSave(split_projections(state.params)[0]),
+            optimizer=ocp.args.StandardSave(_beside_the_student(state)),
             data=ocp.args.JsonSave(iterator_state),
         )
         step = int(state.step)
@@ -112,26 +112,27 @@ class Checkpoints:
             UserError: The checkpoint is whole but of another model or optimizer.
         """
         abstract = _abstract(state, shardings)
-        rest = {"opt_state": abstract.opt_state, "key": abstract.key}
+        student, _ = split_projections(abstract.params)
         args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(rest),
+            params=ocp.args.StandardRestore(student),
+            optimizer=ocp.args.StandardRestore(_beside_the_student(abstract)),
             data=ocp.args.JsonRestore(),
         )
         had_any = bool(self.steps())
-        found = self._newest(args, state.params, remove_damaged=True)
+        found = self._newest(args, student, remove_damaged=True)
         if found is None:
             if had_any:
                 log.warning("no whole checkpoint is left: starting again from the beginning")
             return None
         step, saved = found
-        where = shardings.step
+        optimizer, where = saved["optimizer"], shardings.step
+        projections = optimizer.get("projections", nnx.State({}))
         return (
             TrainState(
                 step=jax.device_put(jnp.int32(step), where),
-                params=saved["params"],
-                opt_state=saved["optimizer"]["opt_state"],
-                key=saved["optimizer"]["key"],
+                params=nnx.merge_state(saved["params"], projections),
+                opt_state=optimizer["opt_state"],
+                key=optimizer["key"],
             ),
             saved["data"],
         )
@@ -241,6 +242,13 @@ def restore_params(directory: AnyPath, params: nnx.State, mesh: Mesh) -> nnx.Sta
     if found is None:
         raise UserError(f"{directory}: no whole checkpoint; has the run begun to train?")
     return found
+
+
+def _beside_the_student(state: TrainState) -> dict[str, Any]:
+    """What is of use to training alone: an export reads none of it."""
+    _, projections = split_projections(state.params)
+    beside = {"projections": projections} if projections else {}
+    return {"opt_state": state.opt_state, "key": state.key, **beside}
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

@@ -14,8 +14,14 @@ from uld_jax.losses import Comparison
 from uld_jax.models import Decoder, add_adapters, split_trained
 from uld_jax.sharding import parameter_rules
 from uld_jax.train.cost import StepFlops, step_flops
+from uld_jax.train.features import with_projections
 from uld_jax.train.optimizer import make_optimizer
-from uld_jax.train.state import TrainState, init_state, state_shardings
+from uld_jax.train.state import (
+    TrainState,
+    init_state,
+    split_projections,
+    state_shardings,
+)
 from uld_jax.train.step import Metrics, StepTeacher, train_step
 from uld_jax.types import Batch
 
@@ -27,7 +33,7 @@ class Program:
     Attributes:
         step: `train_step` of a state, which is given up, `teacher_params`, a batch and `frozen`;
             to be called where the mesh is set.
-        fresh: The state that a run begins with, from its parameters.
+        fresh: The state that a run begins with, from the student's parameters.
         shardings: Of a state.
         graph: The student's.
         frozen: The student's parameters that are not trained.
@@ -47,12 +53,13 @@ class Program:
         """The student with these parameters.
 
         Args:
-            params: Those that are trained.
+            params: Those that are trained, of which it has its own.
 
         Returns:
             The model.
         """
-        return nnx.merge(self.graph, params, *self.frozen)
+        own, _ = split_projections(params)
+        return nnx.merge(self.graph, own, *self.frozen)
 
 
 def adapt(student: Decoder, config: RunConfig) -> None:
@@ -133,8 +140,18 @@ def make_program(
             split, config.teacher_shares, comparisons, strict=True
         )
     ]
-    tx = make_optimizer(config.optimizer, steps, params, config.train.max_nonfinite_steps)
-    fresh = functools.partial(init_state, tx=tx, seed=config.train.seed)
+    complete = functools.partial(
+        with_projections,
+        student=student.config,
+        teachers=[None if teacher is None else teacher.config for teacher in teachers],
+        config=config,
+    )
+    trained = jax.eval_shape(complete, params)
+    tx = make_optimizer(config.optimizer, steps, trained, config.train.max_nonfinite_steps)
+
+    def fresh(params: nnx.State) -> TrainState:
+        return init_state(complete(params), tx, config.train.seed)
+
     rules = parameter_rules(config.student.shard_parameters)
     shardings = state_shardings(jax.eval_shape(fresh, params), tx, mesh, rules)
     program = Program(

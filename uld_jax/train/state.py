@@ -12,6 +12,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uld_jax.sharding import RULES, Rules, named_sharding
 
 
+class Projection(nnx.Param):
+    """A parameter that is trained beside the student and is no part of it."""
+
+
+def split_projections(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Tells the student's parameters from those that are trained beside it.
+
+    Args:
+        params: All that are trained, as values, shapes, shardings or gradients.
+
+    Returns:
+        The student's, and the others, which `nnx.merge_state` puts together again.
+
+    Example:
+        >>> up, over = nnx.Param(jnp.ones(2)), Projection(jnp.ones(3))
+        >>> own, beside = split_projections(nnx.State({"up": up, "projections": {"0": over}}))
+        >>> list(own), list(beside)
+        (['up'], ['projections'])
+    """
+    beside, own = nnx.split_state(params, Projection, ...)
+    return own, beside
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -19,7 +42,7 @@ class TrainState:
 
     Attributes:
         step: i32[], steps taken.
-        params: The student's parameters.
+        params: The student's parameters, and `Projection`s where features are distilled.
         opt_state: The optimizer's state.
         key: u32[2], the run's PRNG key data, for what is sampled during training.
     """

@@ -22,9 +22,11 @@ from uld_jax.losses import (
     sharded_uld_cross_entropy,
 )
 from uld_jax.models import Decoder
-from uld_jax.sharding import EMBED_AXIS, RULES, constrain
+from uld_jax.sharding import EMBED_AXIS, RULES
 from uld_jax.train.comparison import ids_of_student
-from uld_jax.train.state import TrainState
+from uld_jax.train.features import Seen, feature_losses, read_positions
+from uld_jax.train.positions import spread_positions
+from uld_jax.train.state import TrainState, split_projections
 from uld_jax.types import Batch, SortedSignal, TeacherSignal, TeacherTokens, TokenSignal
 
 Metrics = dict[str, jax.Array]
@@ -98,7 +100,10 @@ def gradients(
     teachers: Sequence[StepTeacher],
     loss: LossConfig,
 ) -> tuple[nnx.State, Metrics]:
-    """The gradients of L = ce_weight · CE + uld_weight · Σ_k share_k · ULD_k over a batch.
+    """The gradients of L = ce_weight · CE + Σ_k share_k · uld_weight · ULD_k over a batch.
+
+    Where they have a weight, each teacher's distances of hidden states and of attention maps are
+    added like its ULD.
 
     The normalisers are sums over the whole batch, taken before the first micro-batch, so that the
     gradients of micro-batches, shards and hosts simply add up.
@@ -114,18 +119,23 @@ def gradients(
 
     Returns:
         A gradient for each parameter, and scalars: total, cross_entropy, uld (the mean by share
-        over teachers), ce_positions, uld_positions, student_tokens and teacher_tokens (that are
-        read, without padding), where uld is called as `loss.distance` is; of several teachers
-        uld_0, uld_1, …; where there are signals uld_error, the most by which uld can differ from
-        that of the whole distributions, and signal_bytes, of an aligned position as it lies on the
-        devices, padding included.
+        over teachers, called as `loss.distance` is), hidden and attention likewise where they have
+        a weight, ce_positions, uld_positions, student_tokens and teacher_tokens (that are read,
+        without padding); of several teachers uld_0, uld_1, …; where there are signals uld_error,
+        the most by which uld can differ from that of the whole distributions, and signal_bytes, of
+        an aligned position as it lies on the devices, padding included.
     """
     ce_count = batch.ce_weight.sum()
     counts = [jnp.maximum(t.uld_weight.sum(), 1e-9) for t in batch.teachers]
     ce_scale = loss.ce_weight / jnp.maximum(ce_count, 1e-9)
     scales = [t.share * loss.uld_weight / count for t, count in zip(teachers, counts, strict=True)]
+    shares = [t.share / count for t, count in zip(teachers, counts, strict=True)]
     micro_loss = functools.partial(
-        _micro_loss, student=student, teachers=teachers, scales=(ce_scale, scales), config=loss
+        _micro_loss,
+        student=student,
+        teachers=teachers,
+        scales=(ce_scale, scales, shares),
+        config=loss,
     )
     grad = jax.grad(micro_loss, has_aux=True)
     fixed = (frozen, teacher_params)
@@ -138,10 +148,10 @@ def gradients(
     if batch.micro_batches > 1:
         rest = jax.tree.map(lambda x: x[1:], batch)
         total, _ = jax.lax.scan(accumulate, total, rest)
-    grads, (ce_sum, uld_sums) = total
+    grads, (ce_sum, uld_sums, of_features) = total
     distances = uld_sums / (loss.uld_weight or 1.0)
     metrics = {
-        "total": ce_sum + uld_sums.sum(),
+        "total": sum(of_features.values(), start=ce_sum + uld_sums.sum()),
         "cross_entropy": ce_sum / (loss.ce_weight or 1.0),
         loss.distance: distances.sum(),
         "ce_positions": ce_count,
@@ -152,6 +162,8 @@ def gradients(
             start=jnp.zeros((), jnp.int32),
         ),
     }
+    for name, value in of_features.items():
+        metrics[name] = value / getattr(loss, f"{name}_weight")
     return grads, metrics | _of_teachers(batch, teachers, counts, distances, loss.distance)
 
 
@@ -219,12 +231,13 @@ def _micro_loss(
     *,
     student: nnx.GraphDef[Decoder],
     teachers: Sequence[StepTeacher],
-    scales: tuple[jax.Array, Sequence[jax.Array]],
+    scales: tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]],
     config: LossConfig,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Metrics]]:
     """One micro-batch's share of the loss, already divided by the whole batch's normalisers."""
-    s = nnx.merge(student, params, *frozen)
-    student_BTD = s.hidden(**b.student_inputs)
+    own, projections = split_projections(params)
+    s = nnx.merge(student, own, *frozen)
+    student_GND, seen = read_positions(s, b.student_inputs, b.student_index, config)
     mesh = jax.sharding.get_abstract_mesh()
     fused = fused_teachers_cross_entropy
     # (The solver of transport cannot be mapped over devices.)
@@ -233,15 +246,15 @@ def _micro_loss(
             sharded_uld_cross_entropy, mesh=mesh, batch_axes=RULES["rows"], embed_axis=EMBED_AXIS
         )
     compared = [
-        _compared(teacher, params, given, scale, config.teacher_temperature)
+        _compared(teacher, params, given, scale, config)
         for teacher, params, given, scale in zip(
             teachers, teacher_params, b.teachers, scales[1], strict=True
         )
     ]
     out: FusedLoss = fused(
-        spread_positions(take_positions(student_BTD, b.student_index)),
+        spread_positions(student_GND),
         s.head_VD,
-        compared,
+        [teacher for teacher, _ in compared],
         spread_positions(b.targets),
         ce_weights=spread_positions(b.ce_weight * scales[0]),
         student_temperature=config.student_temperature,
@@ -250,9 +263,13 @@ def _micro_loss(
         z_loss=config.z_loss,
         method=config.method,
         chunk_size=config.chunk_size,
-        compute_dtype=student_BTD.dtype,
+        compute_dtype=student_GND.dtype,
     )
-    return out.total, (out.cross_entropy, out.distances)
+    weights = [t.uld_weight * scale for t, scale in zip(b.teachers, scales[2], strict=True)]
+    of_teachers = [seen for _, seen in compared]
+    of_features = feature_losses(seen, of_teachers, projections, weights, config)
+    total = sum(of_features.values(), start=out.total)
+    return total, (out.cross_entropy, out.distances, of_features)
 
 
 def _compared(
@@ -260,25 +277,27 @@ def _compared(
     params: nnx.State | None,
     given: TeacherTokens | TeacherSignal,
     scale: jax.Array,
-    temperature: float,
-) -> HeadTeacher | SortedTeacher | TokenTeacher:
+    config: LossConfig,
+) -> tuple[HeadTeacher | SortedTeacher | TokenTeacher, Seen | None]:
     """What the student is compared with: the teacher's hidden states, or the batch's signal."""
     weights = spread_positions(given.uld_weight * scale)
     if isinstance(given, TeacherSignal):
-        return _known_by(given.signal, weights, teacher.comparison)
+        return _known_by(given.signal, weights, teacher.comparison), None
     if teacher.graph is None or params is None:
         raise ValueError(
             "teachers: expected a model for a teacher that is to read tokens, got None"
         )
     t = nnx.merge(teacher.graph, params)
-    return HeadTeacher(
-        spread_positions(take_positions(t.hidden(**given.inputs), given.index)),
+    hidden_GND, seen = read_positions(t, given.inputs, given.index, config)
+    of_head = HeadTeacher(
+        spread_positions(hidden_GND),
         t.head_VD,
         weights,
-        temperature=temperature,
+        temperature=config.teacher_temperature,
         softcap=t.config.logit_softcap or None,
         comparison=teacher.comparison,
     )
+    return of_head, seen
 
 
 def _known_by(
@@ -291,49 +310,3 @@ def _known_by(
         raise ValueError(f"teachers: expected a Divergence for known tokens, got {comparison}")
     ids = spread_positions(ids_of_student(comparison, signal.ids))
     return TokenTeacher(ids, spread_positions(signal.log_probs), weights, comparison)
-
-
-def take_positions(hidden_BTD: jax.Array, index_GN: jax.Array) -> jax.Array:
-    """Gathers the answer positions of each group's rows: only they meet the vocabulary.
-
-    Args:
-        hidden_BTD: Hidden states; rows B in G groups of R.
-        index_GN: Index into each group's R · T positions.
-
-    Returns:
-        [G, N, D].
-
-    Example:
-        >>> hidden_BTD = jnp.arange(8.0).reshape(2, 4, 1)
-        >>> take_positions(hidden_BTD, jnp.array([[1, 4]]))[..., 0].tolist()
-        [[1.0, 4.0]]
-    """
-    _, length, width = hidden_BTD.shape
-    grouped = hidden_BTD.reshape(index_GN.shape[0], -1, length, width)
-    # By row and token, so that rows in parts (the mesh's sequence axis) need not be joined.
-    taken = jax.vmap(lambda rows_RTD, row_N, at_N: rows_RTD[row_N, at_N])(
-        grouped, index_GN // length, index_GN % length
-    )
-    return constrain(taken, "batch", None, None)
-
-
-def spread_positions(x_GN: jax.Array) -> jax.Array:
-    """Gives each of the n devices of the mesh's sequence axis a part of its group's positions.
-
-    All of them have all positions, which are few; their logits are not.
-
-    Args:
-        x_GN: [G, N, ...].
-
-    Returns:
-        [G * n, N / n, ...], N padded with zeros to a multiple of n.
-
-    Example:
-        >>> spread_positions(jnp.ones((2, 3))).shape
-        (2, 3)
-    """
-    parts = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
-    groups, count, *rest = x_GN.shape
-    widths = [(0, 0), (0, -count % parts), *((0, 0) for _ in rest)]
-    spread = jnp.pad(x_GN, widths).reshape(groups * parts, -1, *rest)
-    return constrain(spread, "rows", *(None for _ in spread.shape[1:]))
