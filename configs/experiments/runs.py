@@ -46,6 +46,10 @@ EXPERIMENTS: dict[str, dict[str, Changes]] = {
         name: {"data": {"eval_source": name}}
         for name in ("squad", "qed", "fairytaleqa", "pubmedqa")
     },
+    "features": {
+        "hidden": {"loss": {"hidden_weight": 1.0}},
+        "attention": {"loss": {"attention_weight": 1.0, "attention_kind": "kl"}},
+    },
     "distance": {
         name: {"loss": {"distance": name}}
         for name in ("uld", "kl", "reverse_kl", "jsd", "hybrid", "transport")

@@ -33,6 +33,7 @@ SLOW = [
     "pods/runs.py:qwen_to_gemma",
     "experiments/runs.py:distance,kl",
     "experiments/runs.py:calibration,2",
+    "experiments/runs.py:features,attention",
 ]
 # Published shots of SQuAD, QED, FairytaleQA, PubMedQA and DIALOGSum.
 SHOTS = {"llama": (1, 5, 2, 3, 3), "mistral": (3, 5, 4, 3, 2)}

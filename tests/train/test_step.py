@@ -265,6 +265,15 @@ def test_several_teachers_are_weighed_by_their_shares(alone, from_signals):
     np.testing.assert_allclose(metrics["total"], total, rtol=1e-5)
 
 
+def test_text_distillation_does_not_ask_the_teacher(alone):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    loss = dataclasses.replace(LOSS, uld_weight=0.0)
+    state, [teacher], batch, step, _ = make(mesh, loss=loss)
+    _, metrics = step(state, [jax.tree.map(lambda x: x * jnp.nan, teacher)], batch)
+    np.testing.assert_allclose(metrics["total"], alone[-1][1]["cross_entropy"], rtol=1e-5)
+    assert metrics["uld"] == metrics["skipped_steps"] == 0
+
+
 def test_the_loss_falls(alone):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     state, teacher, batch, step, _ = make(mesh)

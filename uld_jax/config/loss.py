@@ -68,3 +68,8 @@ class LossConfig:
     attention_weight: float = rules.at_least(0, 0.0)
     attention_kind: str = rules.choice("mse", "kl")
     feature_layers: str = rules.choice("last", "all")
+
+    @property
+    def asks_teachers(self) -> bool:
+        """Whether any part of it is about a teacher; else it is text distillation alone."""
+        return max(self.uld_weight, self.hidden_weight, self.attention_weight) > 0

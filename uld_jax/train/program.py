@@ -168,7 +168,10 @@ def make_program(
         cost=functools.partial(
             step_flops,
             student=student.config,
-            teachers=[None if teacher is None else teacher.config for teacher in teachers],
+            teachers=[
+                None if teacher is None or not config.loss.asks_teachers else teacher.config
+                for teacher in teachers
+            ],
             adapters=bool(frozen),
         ),
     )

@@ -250,6 +250,7 @@ def _micro_loss(
         for teacher, params, given, scale in zip(
             teachers, teacher_params, b.teachers, scales[1], strict=True
         )
+        if config.asks_teachers
     ]
     out: FusedLoss = fused(
         spread_positions(student_GND),
@@ -265,11 +266,12 @@ def _micro_loss(
         chunk_size=config.chunk_size,
         compute_dtype=student_GND.dtype,
     )
+    distances = out.distances if compared else jnp.zeros(len(teachers))
     weights = [t.uld_weight * scale for t, scale in zip(b.teachers, scales[2], strict=True)]
     of_teachers = [seen for _, seen in compared]
     of_features = feature_losses(seen, of_teachers, projections, weights, config)
     total = sum(of_features.values(), start=out.total)
-    return total, (out.cross_entropy, out.distances, of_features)
+    return total, (out.cross_entropy, distances, of_features)
 
 
 def _compared(
