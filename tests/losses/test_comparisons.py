@@ -71,6 +71,10 @@ def test_all_other_tokens_count_as_one_more():
     np.testing.assert_allclose(compare.to_tokens(LOGITS[0], *known), expected, rtol=1e-4)
     alone = COMPARISONS["kl"]
     np.testing.assert_allclose(alone.to_tokens(LOGITS[0], *known), alone(*LOGITS), rtol=1e-4)
+    # The student then has no other token; the rest's probability of 0 has no gradient.
+    grad = jax.grad(lambda logits: alone.to_tokens(logits, *known).sum())(LOGITS[0])
+    expected_grad = jax.grad(lambda logits: alone(logits, LOGITS[1]).sum())(LOGITS[0])
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
     few = compare.to_tokens(LOGITS[0], *(x[:, :3] for x in known))
     assert (few <= expected + 1e-6).all()
     assert (few > 0.1 * expected).all()
