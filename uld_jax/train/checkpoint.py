@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -56,7 +57,10 @@ class Checkpoints:
                 max_to_keep=self._stage.keep,
                 create=True,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._seal,
+                    barrier_sync_fn=_barrier_of_the_unharmed(),
+                ),
             )
         self._manager = ocp.CheckpointManager(absolute(self._stage.local), options=options)
 
@@ -219,6 +223,26 @@ class Checkpoints:
                 f"{self.directory}: a checkpoint could not be written ({_reason(error)}); "
                 "make room there, then run the same command again: it goes on from the last one"
             ) from error
+
+
+def _barrier_of_the_unharmed() -> Any:
+    """The barrier of orbax, to which a thread does not come whose write has failed.
+
+    It would come to another barrier than the threads of the other processes, and all would wait
+    until the time-out; so the failure gets to its own process, which tells the others.
+    """
+    if jax.process_count() == 1:
+        return None
+    barrier = ocp.multihost.get_barrier_sync_fn()
+
+    def meet(*, key: str, timeout_ms: int) -> None:
+        # In the "finally" of orbax's thread the error is still under way.
+        error = sys.exc_info()[1]
+        if error is not None:
+            raise error
+        barrier(key=key, timeout_ms=timeout_ms)
+
+    return meet
 
 
 def restore_params(directory: AnyPath, params: nnx.State, mesh: Mesh) -> nnx.State:
