@@ -67,11 +67,13 @@ def rows_of(output, kind="distilled"):
 
 
 def test_seeds_are_averaged_and_compared_example_by_example(uld, tmp_path):
+    # Shots are drawn by the seed, so each seed has a cache of its own.
+    cached = dataclasses.replace(RUN, teacher=dataclasses.replace(RUN.teacher, cache="signals-1"))
     runs = [
         workdir(tmp_path, "text0", right=20, weight=0.0),
         workdir(tmp_path, "uld0", right=30, weight=1.5),
-        workdir(tmp_path, "text1", right=22, weight=0.0, seed=1),
-        workdir(tmp_path, "uld1", right=25, weight=1.5, seed=1),
+        workdir(tmp_path, "text1", right=22, weight=0.0, seed=1, config=cached),
+        workdir(tmp_path, "uld1", right=25, weight=1.5, seed=1, config=cached),
     ]
     output = tmp_path / "report"
     result = uld("report", *runs, f"--output={output}", "--resamples=4000")

@@ -15,12 +15,16 @@ SEEDS = ("data.seed", "train.seed", "generate.seed")
 BESIDE = (
     *SEEDS,
     "data.data_dir",
+    "data.manual_dir",
     "eval.batch_size",
     "eval.samples",
     "generate.shard_size",
     "teacher.batch_size",
     "teacher.devices",
     "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.wandb_project",
 )
 # What decides a student's answers before training, but for the seed of its shots.
 BEFORE = (
@@ -59,7 +63,10 @@ class FinishedRun:
         return {
             name: value
             for name, value in self.values.items()
-            if name not in BESIDE and not name.startswith(("loss.", "mesh."))
+            if name not in BESIDE
+            and not name.startswith(("loss.", "mesh."))
+            # Where a cache lies; `train` has made sure that it is of these answers.
+            and not name.endswith(".cache")
         }
 
     @property

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     for line in lines:
         x = line.metrics[args.metric]
         say(
-            f"{line.teacher} → {line.student}, {line.data}, {line.name}, {line.seeds} seeds: "
+            f"{line.teacher} → {line.student}, {line.data}, {line.name}, "
+            f"{line.seeds} seed{'' if line.seeds == 1 else 's'}: "
             f"{args.metric} {x['other']:.2f} → {x['this']:.2f}, {x['difference']:+.2f} "
             f"({x['low']:+.2f} to {x['high']:+.2f}), p = {x['p']:.4f}"
         )
