@@ -161,7 +161,8 @@ class Divergence:
         Example:
             >>> import jax.numpy as jnp
             >>> known = jnp.array([2, -1]), jnp.log(jnp.array([0.75, 0.1]))
-            >>> round(float(Divergence("tvd").to_tokens(jnp.zeros(4), *known)), 4)
+            >>> compare = Divergence("tvd", others=True)
+            >>> round(float(compare.to_tokens(jnp.zeros(4), *known)), 4)
             0.5
         """
         check_divergence(self.name, self.options)
