@@ -36,6 +36,10 @@ def prepare(args: argparse.Namespace, batches: int) -> Callable[[], dict[str, An
             f"{online[0]}.mode: expected cache, got {config.teacher_groups()[online[0]].mode!r}; "
             f"set --config.{online[0]}.mode=cache --config.{online[0]}.cache=DIR"
         )
+    if config.loss.distance != "uld":
+        raise UserError(
+            f"loss.distance={config.loss.distance}: expected uld, whose error from a cache is known"
+        )
     meshes = devices.meshes(config)
     mesh = meshes["student"]
     train_set = load_split(config, "train")

@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from uld_jax import models
 from uld_jax.config import BaseModelConfig, RunConfig, TeacherConfig
-from uld_jax.errors import UserError
-from uld_jax.losses import Comparison
+from uld_jax.losses import Comparison, Transport
+from uld_jax.losses.transport import UniformCost
 from uld_jax.models import DecoderConfig, EncoderDecoderConfig, Policy
 from uld_jax.sharding import BATCH_AXES, MESH_AXES, mesh_shape, parameter_rules
 from uld_jax.train import (
@@ -142,17 +142,18 @@ def _compared_by(
     config: RunConfig, made_of: Mapping[str, ModelConfig]
 ) -> list[Comparison | None] | None:
     """As many tokens in common as there can be: no tokenizer is read."""
-    if config.loss.distance == "uld":
+    loss = config.loss
+    if loss.distance == "uld":
         return None
-    if config.loss.distance == "transport":
-        raise UserError(
-            "loss.distance=transport: it asks for costs while it runs, and cannot be planned"
-        )
+    if loss.distance == "transport":
+        # The host computes the costs of a run, which take the devices no memory to speak of.
+        cost = Transport(UniformCost(), loss.transport_top_k, loss.transport_epsilon)
+        return [cost for _ in config.teachers]
     sizes = {path: model.vocab_size for path, model in made_of.items()}
     found = []
     for path in config.teacher_groups():
         ids = np.arange(min(sizes["student"], sizes[path]))
-        found.append(of_ids(config.loss, ids, ids, (sizes["student"], sizes[path])))
+        found.append(of_ids(loss, ids, ids, (sizes["student"], sizes[path])))
     return found
 
 

@@ -110,11 +110,11 @@ def make_program(
         mesh: The student's device mesh.
         comparisons: By which each teacher is compared, see `make_comparison`; None for ULD.
 
-    Raises:
-        ValueError: No comparisons where `loss.distance` is another.
-
     Returns:
         The program, and the parameters to begin with, which its first state takes over.
+
+    Raises:
+        ValueError: No comparisons where `loss.distance` is another.
 
     Example:
         >>> from uld_jax.sharding import make_mesh
