@@ -168,6 +168,10 @@ def test_bench_compares_steps_with_and_without_the_teacher(runs, uld, tmp_path):
     refused = uld("bench", "cache", *flags)
     assert refused.status == 2
     assert "teacher.mode: expected cache, got 'online'" in refused.err
+    jsd = ("--config.loss.distance=jsd", "--config.teacher.cache_ids=8")
+    other = uld("bench", "cache", *flags, *from_cache(cache), *jsd)
+    assert (other.status, other.out) == (2, "")
+    assert "loss.distance=jsd: expected uld, whose error from a cache is known" in other.err
     many = uld("bench", "cache", *flags, *from_cache(cache), "--batches=99")
     assert "--batches: expected at most the run's 4 steps, got 99" in many.err
 

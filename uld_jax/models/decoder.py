@@ -9,15 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from uld_jax.models import layers
-from uld_jax.models.block import (
-    Blocks,
-    View,
-    add_norm,
-    layer_flags,
-    norm,
-    run_block,
-    weight,
-)
+from uld_jax.models.block import Blocks, View, add_norm, layer_flags, norm, run_block, weight
 from uld_jax.models.cache import KVCache, empty_cache
 from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.features import Features, Watch
