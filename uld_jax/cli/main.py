@@ -163,6 +163,8 @@ def main(argv: Sequence[str]) -> int:
             flags.FLAGS(["uld-jax"])
             # What orbax and TFDS log as an error they also raise. --verbosity=0 shows it all.
             absl.logging.set_verbosity(absl.logging.FATAL)
+            # orbax raises the first failed write; asyncio logs those of the array's other pieces.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         args = build_parser().parse_args(rest)
         args.overrides, args.argv = overrides, list(argv)
         _check_addresses(args)
