@@ -62,7 +62,7 @@ def one_step(student, teacher, pairs, mesh, micro_batches=1):
     """The metrics of one step on all pairs, and the student's first moments after it."""
     graph, params = nnx.split(student.model)
     teacher_graph, teacher_params = nnx.split(teacher.model)
-    tx = make_optimizer(OptimizerConfig(), 10, params, 2)
+    tx = make_optimizer(OptimizerConfig(), 10, params)
     state = init_state(params, tx, seed=0)
     shardings = state_shardings(state, tx, mesh)
     loss = LossConfig(chunk_size=8)

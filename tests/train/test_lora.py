@@ -56,7 +56,7 @@ class Job:
         self.graph, params, self.frozen = split_trained(student)
         teacher_graph, self.teacher = nnx.split(teacher)
         optimizer = OptimizerConfig(learning_rate=3e-2, schedule="constant")
-        tx = make_optimizer(optimizer, STEPS, params, 2)
+        tx = make_optimizer(optimizer, STEPS, params)
         fresh = functools.partial(init_state, tx=tx, seed=0)
         self.shardings = state_shardings(jax.eval_shape(fresh, params), tx, self.mesh)
         self.state = jax.jit(fresh, out_shardings=self.shardings)(params)

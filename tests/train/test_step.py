@@ -39,7 +39,7 @@ def make(mesh, *, micro_batches=1, loss=LOSS, learning_rate=1e-2, rules=RULES, s
     graph, params = nnx.split(student)
     teacher_graph, teacher_params = nnx.split(teacher)
     tx = make_optimizer(
-        OptimizerConfig(learning_rate=learning_rate, schedule="constant"), 10, params, 2
+        OptimizerConfig(learning_rate=learning_rate, schedule="constant"), 10, params
     )
     state = init_state(params, tx, seed=0)
     shardings = state_shardings(state, tx, mesh, rules)
@@ -222,7 +222,7 @@ def from_signals(alone):
     """The step of one device on what a cache would hold."""
     graph = alone[3][0]
     tx = make_optimizer(
-        OptimizerConfig(learning_rate=1e-2, schedule="constant"), 10, alone[0].params, 2
+        OptimizerConfig(learning_rate=1e-2, schedule="constant"), 10, alone[0].params
     )
     fixed = {"student": graph, "teachers": [StepTeacher(None)], "tx": tx, "loss": LOSS}
     return jax.jit(functools.partial(train_step, **fixed))
@@ -251,7 +251,7 @@ def test_several_teachers_are_weighed_by_their_shares(alone, from_signals):
     state, (params,), batch, (graph, teacher_graph), (_, expected) = alone
     cut = signal_of(batch, teacher_graph, params, known=20)
     _, of_cut = from_signals(state, [None], cut)
-    tx = make_optimizer(OptimizerConfig(), 10, state.params, 2)
+    tx = make_optimizer(OptimizerConfig(), 10, state.params)
     teachers = [StepTeacher(teacher_graph, 0.75), StepTeacher(None, 0.25)]
     fixed = {"student": graph, "teachers": teachers, "tx": tx, "loss": LOSS}
     both = dataclasses.replace(batch, teachers=(*batch.teachers, *cut.teachers))

@@ -128,7 +128,7 @@ def _our_step(
     m: LoadedModel, tokens_BT: np.ndarray, chunk_size: int
 ) -> tuple[Callable[[], jax.Array], Program]:
     graph, params = nnx.split(m.model)
-    tx = make_optimizer(_OPTIMIZER, 1_000, params, max_nonfinite_steps=0)
+    tx = make_optimizer(_OPTIMIZER, 1_000, params)
     step = functools.partial(student_step, graph=graph, tx=tx, chunk_size=chunk_size)
     state = jax.jit(functools.partial(init_state, tx=tx, seed=0))(params)
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """The optimizer: AdamW, the paper's one-cycle schedule, clipping, and the non-finite guard."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,41 +54,89 @@ def _half_cosine(step: Any, begin: float, finish: float) -> jax.Array:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, params: nnx.State, max_nonfinite_steps: int
+    config: OptimizerConfig, steps: int, params: nnx.State
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on all but norm scales.
+    """AdamW after clipping by the global norm; decoupled weight decay on all but norm scales.
 
-    A step whose gradients are not finite changes neither parameters nor moments; the count of
-    such steps in a row is in the state (`notfinite_count`).
+    A step whose gradients have no finite norm changes neither parameters nor moments; the count
+    of such steps in a row is in the state (`notfinite_count`).
 
     Args:
         config: Its numbers.
         steps: Optimizer steps of the whole run.
         params: The student's parameters (their axes say which are norm scales).
-        max_nonfinite_steps: Skipped steps in a row that the run allows.
 
     Returns:
         The transformation.
 
     Example:
         >>> params = nnx.State({"norm": nnx.Param(jax.numpy.ones(2), axes=("norm",))})
-        >>> tx = make_optimizer(OptimizerConfig(), 10, params, 5)
+        >>> tx = make_optimizer(OptimizerConfig(), 10, params)
         >>> int(tx.init(params).notfinite_count)
         0
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
-    decayed = jax.tree.map(
-        lambda p: not {"norm", "head_dim"} & set(p.get_metadata("axes")),
+    decay = jax.tree.map(
+        lambda p: p.replace(0.0 if _is_norm(p) else config.weight_decay),
         params,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    # One more than allowed: the loop stops the run before optax would let such a step through.
-    return optax.apply_if_finite(optax.chain(*clip, adamw), max_nonfinite_steps + 1)
+    rate = make_schedule(config, steps)
+
+    def init(params: Any) -> optax.ApplyIfFiniteState:
+        none = jnp.zeros((), jnp.int32)
+        moments = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        return optax.ApplyIfFiniteState(
+            none, jnp.array(True), none, optax.ScaleByAdamState(none, *moments)
+        )
+
+    # optax's own chain reads the gradients three times more, and its branch for finite ones keeps
+    # XLA from fusing: a train step of a small model takes 4-5% longer on CPUs.
+    def update(
+        updates: Any, state: Any, params: Any = None
+    ) -> tuple[Any, optax.ApplyIfFiniteState]:
+        norm = optax.tree.norm(updates)
+        finite = jnp.isfinite(norm)
+        scale = jnp.minimum(1, config.clip_norm / norm) if config.clip_norm else jnp.ones_like(norm)
+        adam = state.inner_state
+        mu = _moment(adam.mu, updates, config.b1, lambda g: g * scale, finite)
+        nu = _moment(adam.nu, updates, config.b2, lambda g: jnp.square(g * scale), finite)
+        # Without it XLA computes them once more below, from copies of the moments before.
+        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        learning_rate = jnp.where(finite, rate(adam.count), 0)
+        steps = adam.count + 1
+        mu_scale, nu_scale = 1 / (1 - config.b1**steps), 1 / (1 - config.b2**steps)
+
+        def step(mu: jax.Array, nu: jax.Array, param: jax.Array, decay: float) -> jax.Array:
+            direction = mu * mu_scale / (jnp.sqrt(nu * nu_scale) + config.eps)
+            return -learning_rate * (direction + decay * param)
+
+        return jax.tree.map(step, mu, nu, params, decay), optax.ApplyIfFiniteState(
+            notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
+            last_finite=finite,
+            total_notfinite=state.total_notfinite + ~finite,
+            inner_state=optax.ScaleByAdamState(adam.count + finite, mu, nu),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_norm(param: nnx.Variable) -> bool:
+    return bool({"norm", "head_dim"} & set(param.get_metadata("axes")))
+
+
+def _moment(
+    moments: Any,
+    grads: Any,
+    decay: float,
+    power: Callable[[jax.Array], jax.Array],
+    finite: jax.Array,
+) -> Any:
+    """The running means of a power of the gradients, in the dtype that they are kept in."""
+
+    def one(moment: jax.Array, grad: jax.Array) -> jax.Array:
+        following = decay * moment + (1 - decay) * power(grad)
+        return jnp.where(finite, following.astype(moment.dtype), moment)
+
+    return jax.tree.map(one, moments, grads)

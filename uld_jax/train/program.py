@@ -147,7 +147,7 @@ def make_program(
         config=config,
     )
     trained = jax.eval_shape(complete, params)
-    tx = make_optimizer(config.optimizer, steps, trained, config.train.max_nonfinite_steps)
+    tx = make_optimizer(config.optimizer, steps, trained)
 
     def fresh(params: nnx.State) -> TrainState:
         return init_state(complete(params), tx, config.train.seed)
