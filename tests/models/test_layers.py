@@ -1,5 +1,6 @@
 """The decoder's parts against plain float64 numpy."""
 
+from collections import Counter
 from functools import partial
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch.nn import functional as F
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from uld_jax.models import layers
+from uld_jax.models import Decoder, layers
+from uld_jax.testing import tiny_config
 
 RNG = np.random.default_rng(0)
 
@@ -163,3 +166,16 @@ def test_table_product(rows, dtype):
 def test_table_product_of_few_rows_has_the_table_on_the_left():
     hlo = jax.jit(layers.table_product).lower(jnp.ones((2, 6)), jnp.ones((10, 6))).compile()
     assert "f32[10,2]" in hlo.as_text()
+
+
+def test_the_backward_pass_keeps_each_array_once():
+    c = tiny_config()
+    graph, params = nnx.split(Decoder(c, rngs=nnx.Rngs(0)))
+    tokens = jnp.zeros((3, 7), jnp.int32)
+    _, backward = jax.vjp(lambda params: nnx.merge(graph, params).hidden(tokens), params)
+    numbers = c.layers * tokens.size
+    kept = Counter(x.size / numbers for x in jax.tree.leaves(backward))
+    # Both norms' inputs and outputs, the queries, and what attention's last product has read.
+    assert kept[c.width] == 6
+    # Both factors of the MLP, not their product.
+    assert kept[c.mlp_width] == 2

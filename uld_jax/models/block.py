@@ -14,7 +14,7 @@ from uld_jax.models.cache import KVCache
 from uld_jax.models.config import DecoderConfig
 from uld_jax.models.features import Watch
 from uld_jax.models.flash import splash_attention
-from uld_jax.models.projection import project
+from uld_jax.models.projection import project, projections
 from uld_jax.models.rope import rotary_angles, rotary_frequencies, rotate
 from uld_jax.sharding import constrain
 
@@ -327,8 +327,7 @@ def _attend(
     is_local, unrotated, index = flags
     mask_BTS, angles = view.of(is_local, unrotated)
 
-    def heads(name: str) -> jax.Array:
-        x_BTX = project(p, name, y_BTD)
+    def heads(name: str, x_BTX: jax.Array) -> jax.Array:
         if c.qk_norm == "all" and name != "value":
             x_BTX = norm(c, p, f"{name}_norm", x_BTX)
         x_BTHh = layers.head_split(x_BTX, c.head_dim)
@@ -341,7 +340,8 @@ def _attend(
         factor = c.rope_scaling.attention_factor if c.rope_scaling else 1.0
         return rotate(x_BTHh, angles, factor)
 
-    q, k, v = heads("query"), heads("key"), heads("value")
+    names = ("query", "key", "value")
+    q, k, v = map(heads, names, projections(p, names, y_BTD))
     if cache is not None:
         # The stacked cache is the scan's carry, so that XLA updates it in place.
         start = (index, 0, cache.length, 0, 0)
@@ -359,12 +359,12 @@ def _attend(
 def _mlp(c: DecoderConfig, p: MLP, y_BTD: jax.Array) -> jax.Array:
     """(act(y · gate) * (y · up)) · down, or act(y · up) · down."""
     act = layers.ACTIVATIONS[c.activation]
-    factors = [project(p, name, y_BTD) for name in (("gate", "up") if c.gated else ("up",))]
+    factors = projections(p, ("gate", "up") if c.gated else ("up",), y_BTD)
 
-    def activated(first_BTF: jax.Array, *others: jax.Array) -> jax.Array:
-        return functools.reduce(jnp.multiply, others, act(first_BTF))
+    def down(first_BTF: jax.Array, *others: jax.Array) -> jax.Array:
+        return project(p, "down", functools.reduce(jnp.multiply, others, act(first_BTF)))
 
-    return project(p, "down", recomputed(activated)(*factors))
+    return recomputed(down)(*factors)
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

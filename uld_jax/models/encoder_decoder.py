@@ -24,7 +24,7 @@ from uld_jax.models.config import DecoderConfig, Policy
 from uld_jax.models.decoder import REMAT_POLICIES
 from uld_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from uld_jax.models.features import Features, Watch
-from uld_jax.models.projection import matrix, project, table_rows
+from uld_jax.models.projection import matrix, project, projections, table_rows
 from uld_jax.models.relative import position_bias
 from uld_jax.sharding import constrain
 
@@ -343,8 +343,6 @@ class EncoderDecoder(nnx.Module):
         self, encoded_BPD: jax.Array, cross: Attention
     ) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values of the prompt."""
+        k, v = projections(cross, ("key", "value"), encoded_BPD)
         head_dim = self.config.head_dim
-        return (
-            layers.head_split(project(cross, "key", encoded_BPD), head_dim),
-            layers.head_split(project(cross, "value", encoded_BPD), head_dim),
-        )
+        return layers.head_split(k, head_dim), layers.head_split(v, head_dim)

@@ -8,7 +8,7 @@ that they trace, and cannot: here one scanned function multiplies slices of stac
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,29 @@ def project(module: Any, name: str, x: jax.Array) -> jax.Array:
         added = getattr(module, f"{name}_bias")[...].astype(y.dtype)
         y += jnp.expand_dims(added, tuple(range(y.ndim - 1)))
     return y
+
+
+def projections(module: Any, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+    """`project` by several matrices, for whose backward pass x is kept once.
+
+    Args:
+        module: Holds the parameters of one layer.
+        names: The matrices.
+        x: [..., in].
+
+    Returns:
+        [..., out] of each.
+
+    Example:
+        >>> module = nnx.Module()
+        >>> module.gate, module.up = nnx.Param(jnp.eye(2)), nnx.Param(2 * jnp.eye(2))
+        >>> [y.tolist() for y in projections(module, ("gate", "up"), jnp.array([[1.0, 2.0]]))]
+        [[[1.0, 2.0]], [[2.0, 4.0]]]
+    """
+    # Each product keeps what it has read: of rows made anew for each, a scan over layers stacks as
+    # many copies.
+    rows = x.reshape(-1, x.shape[-1])
+    return [project(module, name, rows).reshape(*x.shape[:-1], -1) for name in names]
 
 
 def matrix(module: nnx.Module, name: str) -> jax.Array:
