@@ -1,6 +1,5 @@
 """The optimizer: AdamW, the paper's one-cycle schedule, clipping, and the non-finite guard."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,7 +76,7 @@ def make_optimizer(
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
-    decay = jax.tree.map(
+    decays = jax.tree.map(
         lambda p: p.replace(0.0 if _is_norm(p) else config.weight_decay),
         params,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
@@ -100,19 +99,27 @@ def make_optimizer(
         finite = jnp.isfinite(norm)
         scale = jnp.minimum(1, config.clip_norm / norm) if config.clip_norm else jnp.ones_like(norm)
         adam = state.inner_state
-        mu = _moment(adam.mu, updates, config.b1, lambda g: g * scale, finite)
-        nu = _moment(adam.nu, updates, config.b2, lambda g: jnp.square(g * scale), finite)
+        clipped = jax.tree.map(lambda g: g * scale, updates)
+
+        def moment(moments: Any, decay: float, order: int) -> Any:
+            following = optax.tree.update_moment(clipped, moments, decay, order)
+            # In the dtype that they are kept in.
+            return jax.tree.map(
+                lambda new, old: jnp.where(finite, new.astype(old.dtype), old), following, moments
+            )
+
+        mu, nu = moment(adam.mu, config.b1, 1), moment(adam.nu, config.b2, 2)
         # Without it XLA computes them once more below, from copies of the moments before.
         mu, nu = jax.lax.optimization_barrier((mu, nu))
         learning_rate = jnp.where(finite, rate(adam.count), 0)
-        steps = adam.count + 1
-        mu_scale, nu_scale = 1 / (1 - config.b1**steps), 1 / (1 - config.b2**steps)
+        number = adam.count + 1
+        mu_scale, nu_scale = 1 / (1 - config.b1**number), 1 / (1 - config.b2**number)
 
         def step(mu: jax.Array, nu: jax.Array, param: jax.Array, decay: float) -> jax.Array:
             direction = mu * mu_scale / (jnp.sqrt(nu * nu_scale) + config.eps)
             return -learning_rate * (direction + decay * param)
 
-        return jax.tree.map(step, mu, nu, params, decay), optax.ApplyIfFiniteState(
+        return jax.tree.map(step, mu, nu, params, decays), optax.ApplyIfFiniteState(
             notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
             last_finite=finite,
             total_notfinite=state.total_notfinite + ~finite,
@@ -124,19 +131,3 @@ def make_optimizer(
 
 def _is_norm(param: nnx.Variable) -> bool:
     return bool({"norm", "head_dim"} & set(param.get_metadata("axes")))
-
-
-def _moment(
-    moments: Any,
-    grads: Any,
-    decay: float,
-    power: Callable[[jax.Array], jax.Array],
-    finite: jax.Array,
-) -> Any:
-    """The running means of a power of the gradients, in the dtype that they are kept in."""
-
-    def one(moment: jax.Array, grad: jax.Array) -> jax.Array:
-        following = decay * moment + (1 - decay) * power(grad)
-        return jnp.where(finite, following.astype(moment.dtype), moment)
-
-    return jax.tree.map(one, moments, grads)
