@@ -9,9 +9,12 @@ import time
 
 import pytest
 
+from uld_jax.data import load_examples
 from uld_jax.train import read_metrics
 
 CODE = "from uld_jax.cli import distributed, main; distributed.START = {start}; main.run()"
+BAR = "import sys; print('45 %', end='', file=sys.stderr, flush=True); "
+RUN = "from uld_jax.cli import main; main.run()"
 
 
 def kill(pid):
@@ -70,7 +73,10 @@ def test_disk_full_of_checkpoints(pod, two, after_step_two, assert_same_run, tmp
 
 @pytest.fixture
 def apart(pod, tiny, tmp_path):
-    """Starts a process each in a folder of its own, where its data are found."""
+    """Starts a process each in a folder of its own, where its data are found.
+
+    The first has a progress bar on the line where it will report what the others say.
+    """
     processes = []
 
     def start(*folders, workdir):
@@ -80,7 +86,8 @@ def apart(pod, tiny, tmp_path):
         flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
         for number, folder in enumerate(folders):
             together = [f"--coordinator={address}", f"--processes={len(folders)}"]
-            command = [sys.executable, "-m", "uld_jax.cli.main", "train", tiny.config, *together]
+            code = RUN if number else BAR + RUN
+            command = [sys.executable, "-c", code, "train", tiny.config, *together]
             command += [f"--process={number}", f"--workdir={workdir}", "--heartbeat=10"]
             command += ["--config.data.source=jsonl:qa.jsonl", "--config.data.data_dir=prepared"]
             environment = pod.environment(**flags)
@@ -97,6 +104,8 @@ def apart(pod, tiny, tmp_path):
 def folder_of_data(tiny, folder, count=20):
     folder.mkdir()
     tiny.write(folder / "qa.jsonl", [tiny.record(number) for number in range(count)])
+    # Prepared beforehand, so that the command prints nothing of its own.
+    load_examples(f"jsonl:{folder / 'qa.jsonl'}", "train", data_dir=folder / "prepared")
     return folder
 
 

@@ -111,7 +111,8 @@ class Joined:
             return
         name, reason = min(failed)
         where, line = name.rpartition("/")[2], (reason.splitlines() or [""])[0]
-        print(f"error: process {where}: {line}", file=sys.stderr, flush=True)
+        # The command goes on beside this, and a progress bar leaves the cursor within its line.
+        print(f"\nerror: process {where}: {line}", file=sys.stderr, flush=True)
         self._leave()
         os._exit(2)
 
