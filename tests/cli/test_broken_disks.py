@@ -125,6 +125,7 @@ def uld_process(*arguments, largest=resource.RLIM_INFINITY):
     )
 
 
+@pytest.mark.slow
 def test_disk_full_of_answers(tiny, trained, tmp_path):
     workdir = tmp_path / "full"
     result = uld_process("train", tiny.config, f"--workdir={workdir}", largest=30_000)

@@ -48,6 +48,7 @@ def whole_lines(path):
     return path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
 
 
+@pytest.mark.slow
 def test_killed_while_answering_and_while_reading_nothing_is_done_twice(
     tiny, data, whole, uld, tmp_path
 ):

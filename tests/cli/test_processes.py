@@ -61,7 +61,7 @@ def test_sigterm_saves_the_step_under_way_and_the_run_goes_on(
     assert_same_run(workdir, trained)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_where_one_process_is_killed_the_others_stop(pod, tiny, tmp_path, victim):
     workdir, log = tmp_path / "run", tmp_path / "log"
     arguments = ("train", tiny.config, f"--workdir={workdir}", "--config.train.epochs=50")

@@ -26,7 +26,8 @@ def unfinished_write(workdir):
     return next((workdir / "checkpoints").glob("*tmp*"), None)
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killed_during_a_checkpoint_write(
     pod, two, after_step_two, assert_same_run, tmp_path, victim
 ):
@@ -47,9 +48,8 @@ def test_killed_during_a_checkpoint_write(
     assert_same_run(workdir, two, exact=True)
 
 
-@pytest.mark.parametrize(
-    "victims", [(0, 1), pytest.param((1,), marks=pytest.mark.slow)], ids=["all", "one"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", [(0, 1), (1,)], ids=["all", "one"])
 def test_disk_full_of_checkpoints(pod, two, after_step_two, assert_same_run, tmp_path, victims):
     workdir, log = after_step_two, tmp_path / "log"
     before = {p: p.read_bytes() for p in (workdir / "checkpoints" / "2").rglob("*") if p.is_file()}

@@ -366,6 +366,7 @@ def real_logits(shared, gemma_gguf, smollm_gguf):
     return logits(smollm_gguf), logits(gemma_gguf)
 
 
+@pytest.mark.slow
 @pytest.mark.real_models
 def test_error_on_real_models_is_far_below_a_ten_thousandth(real_logits):
     student, teacher = real_logits

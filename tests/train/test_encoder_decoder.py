@@ -43,7 +43,9 @@ def side_of(m, append_eos):
     return Side(m.tokenizer, 256, append_eos=append_eos, start_id=start)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=list(KINDS))
+@pytest.fixture(
+    scope="module", params=["student", "both", pytest.param("teacher", marks=pytest.mark.slow)]
+)
 def setting(request):
     """Student and teacher, at least one of them an encoder-decoder, and the pairs they read."""
     student_config, teacher_config = KINDS[request.param]

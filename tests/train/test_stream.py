@@ -193,6 +193,7 @@ def test_a_cut_signal_is_within_its_certified_error(decoders, online, tmp_path):
     assert 1e-4 < abs(row["uld"] - online[0]["uld"]) <= error < 1
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_streams(tmp_path):
     setting = Setting(tiny_t5(family="t5", tied=True, scaled_head=True), tiny_t5())
     train = dataclasses.replace(CONFIG.train, max_steps=2)

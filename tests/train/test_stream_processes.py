@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STUDENT = (4, 1, 1)
 CHILD = """
 import json, sys
@@ -39,6 +41,7 @@ def free_address():
         return f"127.0.0.1:{sock.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_online(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     from test_stream import Setting, assert_close
