@@ -10,6 +10,7 @@ import pytest
 from tests.cli.test_generate_processes import finish, start
 
 QUESTIONS = 48
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,6 @@ def whole_lines(path):
     return path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
 
 
-@pytest.mark.slow
 def test_killed_while_answering_and_while_reading_nothing_is_done_twice(
     tiny, data, whole, uld, tmp_path
 ):
@@ -98,7 +98,6 @@ def together(output, *flags):
     return [log.read_text() for log in logs]
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_questions(tiny, data, whole, tmp_path):
     output = tmp_path / "scores.json"
     said = together(output, tiny.config, data)
@@ -112,7 +111,6 @@ def test_two_processes_share_the_questions(tiny, data, whole, tmp_path):
     assert ours["student"]["bits_per_byte"] == pytest.approx(one["student"]["bits_per_byte"])
 
 
-@pytest.mark.slow
 def test_two_processes_restore_the_checkpoint_of_one(trained, tmp_path):
     output = tmp_path / "scores.json"
     together(output, f"--workdir={trained}")

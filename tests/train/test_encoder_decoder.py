@@ -36,6 +36,7 @@ KINDS = {
     "teacher": (None, tiny_t5()),
     "both": (tiny_t5(gated=False, activation="relu"), tiny_t5()),
 }
+SLOW = {"teacher"}
 
 
 def side_of(m, append_eos):
@@ -44,7 +45,8 @@ def side_of(m, append_eos):
 
 
 @pytest.fixture(
-    scope="module", params=["student", "both", pytest.param("teacher", marks=pytest.mark.slow)]
+    scope="module",
+    params=[pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS],
 )
 def setting(request):
     """Student and teacher, at least one of them an encoder-decoder, and the pairs they read."""
