@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,11 @@ from uld_jax.testing import tiny_gemma, tiny_model
 from uld_jax.train import MEASURED, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Gloo greets from a thread a device, so that the pieces of its lines come in any order.
+GLOO = re.compile(
+    r"(\[Gloo\] Rank|is connected to|peer ranks\."
+    r"|Expected number of connected peer ranks is :|\d+|\s)*"
+)
 CONFIG = """
 from uld_jax.config import *
 
@@ -218,10 +224,11 @@ class Pod:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
 
     def said(self, log, index):
-        """The lines of one process."""
+        """The lines of one process, without those of Gloo."""
         start = f"[{index}] "
         lines = [line for line in log.read_text().splitlines() if line.startswith(start)]
-        return [line.removeprefix(start) for line in lines if not line.startswith(f"{start}[Gloo]")]
+        said = [line.removeprefix(start) for line in lines]
+        return [line for line in said if not GLOO.fullmatch(line)]
 
     def has_missed_another(self, log, index):
         """Whether a process has said that another is gone, in our words or in those of jax."""
