@@ -298,27 +298,30 @@ def test_model_absent(refused, monkeypatch, tmp_path):
     assert "launch/fetch_models.sh" in error
 
 
-def test_align_leaves_everything(uld, tiny, tmp_path):
+def test_align_leaves_everything(uld, tiny, published, tmp_path):
     flags = [f"--tokenizer={tiny.root / side}" for side in ("student", "teacher")]
-    flags += [f"--data=jsonl:{tiny.root / 'qa.jsonl'}", "--data=builtin", "--answers=5"]
+    flags += [f"--data=jsonl:{tiny.root / 'qa.jsonl'}", "--data=builtin", "--data=qed"]
+    flags += [f"--manual-dir={published}", "--answers=5"]
     result = uld("bench", "align", *flags, "--repeats=1", f"--output={tmp_path}")
     assert result.status == 0  # a first use of the file is noticed on stderr
     assert names(tmp_path) == ["align.json", "align.md"]
     content = read(tmp_path / "align.json")
     assert content["settings"] == {"answers": 5, "seed": 0, "repeats": 1}
     (case,) = content["cases"]
-    assert case["texts"] == 10
+    assert case["texts"] == 15
     assert [*case["tokenizers"]] == ["student", "teacher"]
     assert [(p["covered"], p["violations"]) for p in case["pairs"]] == [(1.0, 0)] * 2
     assert "**aligned by bytes**" in (tmp_path / "align.md").read_text()
-    assert "10 answers" in result.out
+    assert "15 answers" in result.out
 
 
 def test_bad_flags_of_align(refused, tiny, tmp_path):
-    student = f"--tokenizer={tiny.root / 'student'}"
+    student, teacher = (f"--tokenizer={tiny.root / side}" for side in ("student", "teacher"))
     assert f"--answers: {WHOLE} 1, found '0'" in refused("align", "--answers=0")
     assert "--tokenizer: expected two or more" in refused("align", student)
     assert "another one is called 'student'" in refused("align", student, student)
     error = refused("align", student, f"--tokenizer={tmp_path}")
     assert f"--tokenizer={tmp_path}: expected a .gguf file or a directory" in error
     assert "launch/fetch_tokenizers.sh" in error
+    files = ["--data=qed", f"--manual-dir={tmp_path}"]
+    assert "expected the files of qed in it" in refused("align", student, teacher, *files)

@@ -68,6 +68,8 @@ def add_parser(commands: Any) -> None:
             )
             described = "whose answers; again for more (builtin)"
             target.add_argument("--data", metavar="SOURCE", action="append", help=described)
+            described = "with the files of published data sets, or with a folder for each"
+            target.add_argument("--manual-dir", metavar="DIR", help=described)
             target.add_argument("--answers", metavar="N", default="2000", help="of each (2000)")
             target.add_argument("--repeats", metavar="N", default="5", help="timed rounds (5)")
             target.add_argument("--output", metavar="DIR", help="for align.json and .md")

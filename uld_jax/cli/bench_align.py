@@ -50,7 +50,7 @@ def prepare(args: argparse.Namespace, answers: int, repeats: int) -> Callable[[]
         raise UserError("--tokenizer: expected two or more, to align one with another")
     texts: list[str] = []
     for source in args.data or ["builtin"]:
-        examples = load_examples(source, "train")
+        examples = load_examples(source, "train", manual_dir=args.manual_dir)
         step = max(1, len(examples) // answers)
         texts += [example.answers[0] for example in examples[::step][:answers]]
     return partial(measure_alignment, tokenizers, texts, repeats=repeats)
